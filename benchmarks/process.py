@@ -1,0 +1,105 @@
+"""One guarded server process: started, frozen, thawed and stopped with everything below it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks import guard
+
+
+class LaunchError(RuntimeError):
+    """A server ended early or was not ready in time."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What to run: a name for its log file, the command, and the environment variables added to ours."""
+
+    name: str
+    argv: Sequence[str]
+    env: Mapping[str, str] = field(default_factory=dict)
+
+    def public(self, names: Mapping[str, str]) -> dict[str, object]:
+        """The launch as a result file may show it: every path in `names` replaced by its public name."""
+        return {
+            "name": self.name,
+            "argv": [replace_all(arg, names) for arg in self.argv],
+            "env": {key: replace_all(value, names) for key, value in self.env.items()},
+        }
+
+
+class GuardedProcess:
+    """Owns one process tree from construction until `stop()`; dies with this interpreter in any case."""
+
+    def __init__(self, launch: Launch, run_dir: Path) -> None:
+        self.launch = launch
+        self.log = run_dir / f"{launch.name}.log"
+        with self.log.open("ab") as log:
+            self._guard = subprocess.Popen(
+                [sys.executable, guard.__file__, *launch.argv],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **launch.env},
+                cwd=run_dir,
+                start_new_session=True,
+            )
+
+    def check_alive(self) -> None:
+        """Raise LaunchError, with the end of the log, when the process has ended."""
+        code = self._guard.poll()
+        if code is not None:
+            tail = self.log.read_text(errors="replace")[-2000:]
+            raise LaunchError(f"{self.launch.name} ended with status {code}; its log ends with:\n{tail}")
+
+    def freeze(self) -> None:
+        """SIGSTOP the whole tree: it uses no CPU until `thaw()`. Idempotent."""
+        guard.signal_tree(self._guard.pid, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """SIGCONT the whole tree. Idempotent."""
+        guard.signal_tree(self._guard.pid, signal.SIGCONT)
+
+    def cpu_seconds(self) -> float:
+        """User and system CPU time used so far by the live processes of the tree."""
+        return sum(_cpu_seconds(pid) for pid in guard.descendants(self._guard.pid))
+
+    def stop(self) -> None:
+        """End the tree and wait until it is gone. Idempotent."""
+        if self._guard.stdin is not None:
+            self._guard.stdin.close()
+        self._guard.wait()
+
+
+def _cpu_seconds(pid: int) -> float:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def free_ports(count: int) -> list[int]:
+    """`count` different TCP ports that were free on loopback a moment ago."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for sock in sockets:
+            sock.bind(("127.0.0.1", 0))
+        return [int(sock.getsockname()[1]) for sock in sockets]
+    finally:
+        for sock in sockets:
+            sock.close()
+
+
+def replace_all(text: str, names: Mapping[str, str]) -> str:
+    """`text` with every key of `names` replaced by its value, longest keys first."""
+    for path in sorted(names, key=len, reverse=True):
+        text = text.replace(path, names[path])
+    return text

@@ -1,0 +1,174 @@
+"""One typed settings object a process, validated once at start.
+
+Each field can be given as a flag (``--queue-limit``), an environment variable (``BRAID_QUEUE_LIMIT``)
+or a key of the TOML file named by ``BRAID_CONFIG``; flags win over variables, variables over the
+file. Unknown flags and file keys are refused. Times are in seconds, sizes in bytes.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+LOOPBACK = ("127.", "localhost", "[::1]", "::1")
+
+
+class ProcessSettings(BaseSettings):
+    """What every process has. The TOML file has one table a process (``[router]``, ``[prefill]``,
+    ``[decode]``)."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="BRAID_",
+        extra="forbid",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+    )
+    _table: str = ""
+
+    host: str = Field("127.0.0.1", description="address the HTTP server binds")
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    keys_dir: Path | None = Field(
+        None,
+        description="folder with the cluster's CURVE key pair (made by `braid keys`); required as "
+        "soon as a ZMQ socket is not on loopback",
+    )
+    heartbeat_s: float = Field(0.5, gt=0, le=60, description="interval of heartbeats")
+    heartbeat_misses: int = Field(6, ge=2, description="missed heartbeats after which a peer is gone")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        path = os.environ.get("BRAID_CONFIG")
+        if path is None:
+            return init_settings, env_settings
+        return init_settings, env_settings, _Table(settings_cls, Path(path))
+
+
+class _Table(TomlConfigSettingsSource):
+    """The process's own table of the TOML file."""
+
+    def __init__(self, settings_cls: type[BaseSettings], path: Path) -> None:
+        if not path.is_file():
+            raise FileNotFoundError(f"BRAID_CONFIG names {path}, which is not a file")
+        super().__init__(settings_cls, path)
+
+    def _read_file(self, file_path: Path) -> dict[str, Any]:
+        name = str(self.settings_cls.__private_attributes__["_table"].default)
+        table = super()._read_file(file_path).get(name, {})
+        if not isinstance(table, dict):
+            raise ValueError(f"[{name}] in {file_path} must be a table")
+        return table
+
+
+def is_loopback(endpoint: str) -> bool:
+    """Whether a ZMQ endpoint or host cannot be reached from another machine."""
+    address = endpoint.removeprefix("tcp://")
+    return endpoint.startswith("ipc://") or address.startswith(LOOPBACK)
+
+
+class RouterSettings(ProcessSettings):
+    """The router: the OpenAI HTTP front door."""
+
+    _table: str = "router"
+
+    port: int = Field(8000, ge=0, le=65535, description="HTTP port (0: any free one)")
+    link: str = Field("tcp://127.0.0.1:9100", description="ZMQ endpoint that workers connect to")
+    port_file: Path | None = Field(None, description="write the bound HTTP port here once listening")
+    api_keys_file: Path | None = Field(
+        None, description="file with one API key a line; without it no key is asked for"
+    )
+    max_body_bytes: int = Field(8 * 1024 * 1024, gt=0, description="cap of a request body")
+    max_n: int = Field(128, ge=1, description="most samples of one request")
+    max_inflight: int = Field(256, ge=1, description="samples running at the same time")
+    queue_limit: int = Field(256, ge=0, description="requests waiting for a slot; more are refused")
+    queue_timeout_s: float = Field(30.0, gt=0, description="longest wait for a slot")
+    request_timeout_s: float = Field(600.0, gt=0, description="deadline of a request")
+    prefill_timeout_s: float = Field(60.0, gt=0, description="deadline of a remote prefill")
+    inter_token_timeout_s: float = Field(30.0, gt=0, description="longest silence of a decode worker")
+    write_timeout_s: float = Field(30.0, gt=0, description="longest time a client may stop reading")
+    drain_s: float = Field(30.0, ge=0, description="on SIGTERM, time for running requests to end")
+    remote_min_chars: int = Field(
+        0, ge=0, description="prompts of fewer characters are computed on the decode worker"
+    )
+    spread: Literal["pack", "spread"] = Field(
+        "pack", description="samples of a group: on one decode worker, or over all that are ready"
+    )
+    trigger: str = Field("Let's think step by step.", description="what `cot` appends to the prompt")
+    verify_pairs: bool = Field(
+        True, description="use a prefill/decode pair only after a real KV transfer between them"
+    )
+
+    @model_validator(mode="after")
+    def _curve(self) -> RouterSettings:
+        _require_keys(self.keys_dir, self.link)
+        return self
+
+
+class WorkerSettings(ProcessSettings):
+    """A prefill or decode worker: one vLLM engine."""
+
+    port: int = Field(0, ge=0, le=65535, description="HTTP port of health and metrics (0: any)")
+    router: str = Field("tcp://127.0.0.1:9100", description="the router's link endpoint")
+    worker: str = Field("", description="name of this worker (default: role and a random suffix)")
+    model: str = Field(..., description="model folder or name, as vLLM takes it")
+    served_model_name: str = Field("", description="name clients use (default: the model's folder name)")
+    run_dir: Path | None = Field(None, description="folder of sockets (default: a private temporary one)")
+    block_size: int = Field(32, ge=1, description="tokens of a KV block; equal on P and D")
+    load_timeout_s: float = Field(60.0, gt=0, description="longest wait for a KV transfer")
+    drain_s: float = Field(30.0, ge=0, description="on SIGTERM, time for running requests to end")
+
+    @model_validator(mode="after")
+    def _curve(self) -> WorkerSettings:
+        _require_keys(self.keys_dir, self.router)
+        return self
+
+
+class PrefillSettings(WorkerSettings):
+    """A prefill worker: computes the KV of a prompt once and hands it over."""
+
+    _table: str = "prefill"
+
+    kv_bind: str = Field("tcp://127.0.0.1:*", description="ZMQ endpoint KV is served on, one a rank")
+    kv_advertise: str = Field("", description="host that decode workers reach kv_bind on")
+    staging_bytes: int = Field(512 * 1024 * 1024, gt=0, description="host memory for KV to hand over")
+    lease_s: float = Field(30.0, gt=0, description="how long KV is held for a decode worker not heard of")
+
+    @model_validator(mode="after")
+    def _kv_curve(self) -> PrefillSettings:
+        _require_keys(self.keys_dir, self.kv_bind)
+        return self
+
+
+class DecodeSettings(WorkerSettings):
+    """A decode worker: runs the samples of a group on one shared prefix."""
+
+    _table: str = "decode"
+
+    max_load_share: float = Field(
+        0.5, gt=0, le=1, description="share of the KV cache that transfers in flight may hold"
+    )
+
+
+def _require_keys(keys_dir: Path | None, endpoint: str) -> None:
+    if keys_dir is None and not is_loopback(endpoint):
+        raise ValueError(
+            f"{endpoint} is reachable from other machines: make keys with `braid keys DIR` "
+            "and set keys_dir, or use 127.0.0.1"
+        )

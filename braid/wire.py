@@ -1,0 +1,293 @@
+"""Messages between the router and its workers.
+
+Every message is a msgspec tagged struct, MessagePack-encoded, one message a ZMQ frame; a multipart
+ZMQ message is a batch of them, delivered in order. Unknown tags and unknown fields are refused
+(:class:`WireError`), a frame over :data:`MAX_FRAME` bytes is refused before it is decoded. Pickle is
+never used.
+
+Direction and life of one dispatch (``ref`` is the router's number for it, unique in a router epoch):
+
+===========================  ===================================================================
+worker -> router             router -> worker
+===========================  ===================================================================
+``Hello`` (first, repeated   ``Welcome``
+until welcomed)
+``Beat`` every heartbeat     ``Ping`` every heartbeat
+..                           ``Prefill`` -> P and ``Decode`` -> each D, sent at the same time
+P: one ``PrefillDone``       ``Cancel`` at any time, idempotent
+D: ``Head``, ``Body``... the
+last with ``end`` (mode
+http), or ``Sample`` a
+sample, then ``GroupDone``
+(mode samples)
+``Bye`` when it drains
+===========================  ===================================================================
+
+Exactly one terminal message answers a dispatch: ``PrefillDone``, ``Body(end=True)``, or
+``GroupDone``; also after a ``Cancel`` (then it says so). A worker that loses the router
+(no ``Ping`` for several heartbeats) stops all work of it and says ``Hello`` again. A message that
+names an unknown ``ref`` is dropped.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeVar
+
+import msgspec
+
+_T = TypeVar("_T")
+
+PROTOCOL = 1
+MAX_FRAME = 64 * 1024 * 1024
+"""Upper bound of one frame in bytes."""
+
+Role = Literal["prefill", "decode"]
+Path = Literal["remote", "local", "recomputed"]
+"""How a prompt's KV came to the decode worker: ``remote`` moved from a prefill worker (or already in
+D's cache where P was asked), ``local`` computed on D by decision, ``recomputed`` computed on D because
+a transfer failed or was refused."""
+
+
+class WireError(ValueError):
+    """A frame that is not one of our messages."""
+
+
+class _Msg(msgspec.Struct, tag_field="t", forbid_unknown_fields=True, frozen=True, omit_defaults=True):
+    """Base of all messages."""
+
+
+class Ticket(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defaults=True):
+    """The router's half of a transfer handle, made at dispatch from its own registry.
+
+    ``id`` is 16 random bytes; ``attempt`` counts dispatches of the same request (fences a stopped and
+    resumed worker). ``endpoints`` are the producer's KV endpoints, one per tensor-parallel rank.
+    ``subscribers`` is how many decode workers will pull; the producer keeps the KV for that many.
+    """
+
+    id: bytes
+    attempt: int
+    producer: str
+    epoch: int
+    endpoints: tuple[str, ...]
+    fingerprint: str
+    subscribers: int = 1
+
+
+class KvRecord(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defaults=True):
+    """What it took to bring one prompt's KV to one decode worker; summed over a body's prompts.
+
+    ``transfers``: KV transfers made. ``nbytes``: KV bytes that crossed the wire. ``blocks``: blocks
+    moved; ``blocks_cached``: full prompt blocks that D's prefix cache already held. ``reason``: why
+    ``recomputed`` or ``local`` (a short word, a metric label). Times in seconds.
+    """
+
+    path: Path
+    transfers: int = 0
+    nbytes: int = 0
+    blocks: int = 0
+    blocks_cached: int = 0
+    reason: str = ""
+    wait_s: float = 0.0
+    wire_s: float = 0.0
+
+
+class Hello(_Msg, tag="hello"):
+    """A worker introduces itself. ``epoch`` is a random 63-bit number, new at each engine start."""
+
+    protocol: int
+    role: Role
+    worker: str
+    epoch: int
+    models: tuple[str, ...]
+    max_model_len: int
+    block_size: int
+    slots: int
+    fingerprint: str
+    vllm_version: str
+    kv_endpoints: tuple[str, ...] = ()
+    http: str = ""
+    """Base URL of the worker's own HTTP endpoint (health, metrics)."""
+
+
+class Beat(_Msg, tag="beat"):
+    """A worker's state. ``running``/``waiting``: requests in its scheduler. ``kv_usage``: share of its
+    KV cache in use, 0..1. ``staging_bytes``: bytes held for unfinished transfers (P)."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_usage: float = 0.0
+    staging_bytes: int = 0
+    tickets: int = 0
+    engine_ok: bool = True
+
+
+class Bye(_Msg, tag="bye"):
+    """The worker drains: it ends what it has and takes nothing new."""
+
+
+class PrefillDone(_Msg, tag="prefill_done"):
+    """P's terminal answer. ``status`` is an HTTP status (200; 499 cancelled); ``body`` is the
+    OpenAI-shaped error body if it is not 200."""
+
+    ref: int
+    status: int
+    body: bytes = b""
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    compute_s: float = 0.0
+
+
+class Head(_Msg, tag="head"):
+    """Start of D's HTTP response: status and headers as vLLM's OpenAI layer made them.
+
+    Sent together with the first body bytes, so ``kv`` is known: the first token exists (or the
+    request failed) when it arrives."""
+
+    ref: int
+    status: int
+    headers: tuple[tuple[str, str], ...]
+    kv: KvRecord | None = None
+
+
+class Body(_Msg, tag="body"):
+    """Body bytes in order; for a stream, whole SSE events of one scheduling step.
+
+    ``end`` is set once, on the last message; ``kv`` there is the final record. ``cut`` says that the
+    response ended before it was complete (engine failure, deadline): never followed by ``[DONE]``."""
+
+    ref: int
+    data: bytes
+    end: bool = False
+    kv: KvRecord | None = None
+    cut: str = ""
+
+
+class Sample(_Msg, tag="sample"):
+    """One finished sample of a group (mode ``samples``).
+
+    ``index`` is the sample's number in the whole group. ``choice`` is the JSON of the OpenAI choice as
+    vLLM's OpenAI layer made it. ``logprob`` is the sum of the sampled tokens' log-probabilities
+    (natural log) and ``tokens`` their count. ``state``: finished | cancelled | failed."""
+
+    ref: int
+    index: int
+    state: Literal["finished", "cancelled", "failed"]
+    choice: bytes = b""
+    text: str = ""
+    finish_reason: str = ""
+    tokens: int = 0
+    logprob: float | None = None
+    error: str = ""
+
+
+class GroupDone(_Msg, tag="group_done"):
+    """All samples of a share have ended. ``status`` other than 200 means that none was produced, with
+    the OpenAI-shaped error in ``body``. ``choice_tokens`` counts every generated token, also those of
+    cancelled samples."""
+
+    ref: int
+    status: int
+    body: bytes = b""
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    choice_tokens: int = 0
+    kv: KvRecord | None = None
+
+
+class Welcome(_Msg, tag="welcome"):
+    """The router has registered the worker. ``router`` is the router's epoch."""
+
+    router: int
+    heartbeat_s: float
+
+
+class Ping(_Msg, tag="ping"):
+    """The router is alive."""
+
+    router: int
+
+
+class Prefill(_Msg, tag="prefill"):
+    """Compute the KV of ``body``'s prompt(s), once, and hold it for the ticket's subscribers.
+
+    ``target`` and ``body`` are the client's path and JSON body, so that P renders exactly what D does;
+    sampling fields in it have no effect here. ``deadline_s`` is relative to receipt."""
+
+    ref: int
+    ticket: Ticket
+    target: str
+    body: bytes
+    request_id: str
+    deadline_s: float
+
+
+class Decode(_Msg, tag="decode"):
+    """Run ``body`` (an OpenAI request whose ``n`` is this worker's share) on D.
+
+    ``ticket`` None means: compute the prompt here (path ``local``). ``first`` is the number of the
+    share's first sample in its group: seeds are derived from it. ``mode`` ``http`` answers with
+    ``Head``/``Body``; ``samples`` with ``Sample``/``GroupDone`` (``stream`` in the body is ignored)."""
+
+    ref: int
+    target: str
+    body: bytes
+    request_id: str
+    deadline_s: float
+    mode: Literal["http", "samples"] = "http"
+    first: int = 0
+    ticket: Ticket | None = None
+    headers: tuple[tuple[str, str], ...] = ()
+    reason: str = ""
+    """Why there is no ticket (metric label), when there is none."""
+
+
+class Lost(_Msg, tag="lost"):
+    """To D: the producer of this dispatch's ticket failed or refused. Stop waiting for it; pull from
+    ``ticket`` (the next attempt, on another producer) if there is one, else compute here."""
+
+    ref: int
+    reason: str
+    ticket: Ticket | None = None
+
+
+class Cancel(_Msg, tag="cancel"):
+    """Stop a dispatch, or only the samples in ``samples`` (group-wide numbers). Idempotent."""
+
+    ref: int
+    samples: tuple[int, ...] | None = None
+
+
+FromWorker = Hello | Beat | Bye | PrefillDone | Head | Body | Sample | GroupDone
+ToWorker = Welcome | Ping | Prefill | Decode | Lost | Cancel
+
+_encoder = msgspec.msgpack.Encoder()
+_from_worker: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
+_to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
+
+
+def encode(message: FromWorker | ToWorker) -> bytes:
+    """One message as one frame."""
+    return _encoder.encode(message)
+
+
+def decode_from_worker(frame: bytes) -> FromWorker:
+    """Decode a frame that a worker sent.
+
+    Raises:
+        WireError: it is too large, malformed, or not one of a worker's messages.
+    """
+    return _decode(_from_worker, frame)
+
+
+def decode_to_worker(frame: bytes) -> ToWorker:
+    """Decode a frame that the router sent; raises :class:`WireError` as above."""
+    return _decode(_to_worker, frame)
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[_T], frame: bytes) -> _T:
+    if len(frame) > MAX_FRAME:
+        raise WireError(f"frame of {len(frame)} bytes is over the cap of {MAX_FRAME}")
+    try:
+        return decoder.decode(frame)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise WireError(str(error)) from None

@@ -1,0 +1,1 @@
+"""A small reasoning model: its generated task, training script, evaluation and weights."""

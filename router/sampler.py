@@ -1,0 +1,114 @@
+"""The contract between a strategy and the rest of the router.
+
+A strategy is a short async function over a :class:`Sampler`. It sees prompts, samples and scores and
+nothing of workers, sockets or HTTP, so a scripted sampler tests it in microseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from braid.wire import KvRecord
+
+State = Literal["finished", "stopped_early", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One ended sample of a group.
+
+    Attributes:
+        index: submission number in the group, from 0.
+        state: ``finished``; ``stopped_early`` (cancelled by the strategy); ``failed``.
+        text: the generated text (reasoning split off where the engine has a parser for it).
+        finish_reason: OpenAI's (``stop``, ``length``, ``tool_calls``), empty unless finished.
+        tokens: generated tokens, also of a sample that did not finish.
+        logprob: sum of the sampled tokens' natural log-probabilities, None if unknown.
+        choice: the OpenAI choice object as the engine's OpenAI layer made it.
+        error: why it failed.
+    """
+
+    index: int
+    state: State
+    text: str = ""
+    finish_reason: str = ""
+    tokens: int = 0
+    logprob: float | None = None
+    choice: Mapping[str, Any] = field(default_factory=dict)
+    error: str = ""
+
+    @property
+    def mean_logprob(self) -> float:
+        """Mean log-probability a token; -inf where it is unknown or nothing was generated."""
+        if self.logprob is None or self.tokens == 0:
+            return float("-inf")
+        return self.logprob / self.tokens
+
+
+@dataclass(slots=True)
+class GroupUsage:
+    """What a group cost, complete once it is closed.
+
+    Attributes:
+        prompt_tokens: tokens of the shared prompt, once.
+        cached_tokens: of these, found in a cache.
+        completion_tokens: every generated token, also of stopped and failed samples.
+        kv: one record a decode worker, keyed by its name.
+        prefill: name of the prefill worker, empty for path ``local``.
+    """
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    kv: dict[str, KvRecord] = field(default_factory=dict)
+    prefill: str = ""
+
+
+class Group(Protocol):
+    """N samples of one prompt. An async context manager: leaving it cancels what still runs, waits
+    until that has ended, and completes :attr:`usage`."""
+
+    usage: GroupUsage
+
+    def __aiter__(self) -> AsyncIterator[Sample]:
+        """Ended samples in completion order, each submitted sample exactly once."""
+
+    async def cancel(self, indices: tuple[int, ...] | None = None) -> None:
+        """Stop these samples (all that run, if None). Idempotent. They are still yielded, with
+        state ``stopped_early``, unless they had ended."""
+
+    async def __aenter__(self) -> Group: ...
+
+    async def __aexit__(self, *exc: object) -> None: ...
+
+
+class Sampler(Protocol):
+    """What a strategy may ask for."""
+
+    def group(self, body: Mapping[str, Any], n: int) -> Group:
+        """Open a group: ``n`` samples of the OpenAI chat or completion ``body`` (its ``n`` and
+        ``stream`` are ignored). Nothing runs before ``__aenter__``.
+
+        Raises (from ``__aenter__`` or iteration): a :class:`braid.errors.BraidError` when no sample
+        could be produced."""
+
+
+Progress = Callable[[Mapping[str, Any]], Awaitable[None]]
+"""Reports a JSON-serialisable event (``{"event": "sample", ...}``) to a streaming client."""
+
+
+@dataclass(slots=True)
+class Answer:
+    """What a strategy returns.
+
+    Attributes:
+        choice: the OpenAI choice returned to the client (its index is set to 0).
+        report: JSON-serialisable fields of the reply's ``reasoning`` (votes, samples, confidence...).
+        usages: of every group the strategy opened.
+    """
+
+    choice: Mapping[str, Any]
+    report: dict[str, Any]
+    usages: list[GroupUsage]
