@@ -1,0 +1,71 @@
+"""What keeps vLLM's processes from outliving their parent, and one request from ending an engine."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+from typing import Any
+
+import numpy as np
+
+TOUCHPOINTS = (
+    "vllm.v1.engine.core.EngineCore.scheduler",
+    "vllm.v1.engine.core.EngineCore.request_block_hasher",
+    "vllm.v1.worker.gpu_model_runner.GPUModelRunner._sample",
+    "vllm.v1.worker.gpu_model_runner.GPUModelRunner._bookkeeping_sync",
+)
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent dies (Linux).
+
+    vLLM's EngineCore and Worker outlive a killed server, with their cores, ports and memory.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def guard_seeded_chunks() -> None:
+    """Let a seeded prompt prefill in several chunks on the CPU.
+
+    vLLM samples after every chunk, throws all but the last sample away and rewinds that request's
+    generator by an offset; CPU generators have none, and the exception ends the engine. Here the
+    generators of discarded rows are saved before sampling and restored after, and the rewind does not
+    see them: the samples do not depend on the chunking.
+    """
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    sample, bookkeep = GPUModelRunner._sample, GPUModelRunner._bookkeeping_sync
+
+    def guarded_sample(self: Any, *args: Any, **kwargs: Any) -> Any:
+        generators = self.input_batch.generators
+        rows = [i for i in _discarded(self) if i in generators]
+        saved = {i: generators[i].get_state() for i in rows}
+        try:
+            return sample(self, *args, **kwargs)
+        finally:
+            for i, state in saved.items():
+                generators[i].set_state(state)
+
+    def guarded_bookkeep(self: Any, *args: Any, **kwargs: Any) -> Any:
+        batch = self.input_batch
+        generators = batch.generators
+        hidden = set(_discarded(self))
+        batch.generators = {i: g for i, g in generators.items() if i not in hidden}
+        try:
+            return bookkeep(self, *args, **kwargs)
+        finally:
+            batch.generators = generators
+
+    GPUModelRunner._sample = guarded_sample
+    GPUModelRunner._bookkeeping_sync = guarded_bookkeep
+
+
+def _discarded(runner: Any) -> list[int]:
+    """Rows of the batch whose prompt is not complete after this step."""
+    rows = runner.discard_request_mask.np[: runner.input_batch.num_reqs]
+    return [int(i) for i in np.nonzero(rows)[0]]

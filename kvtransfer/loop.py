@@ -1,0 +1,114 @@
+"""One thread that owns ZMQ sockets: everything registered on it runs there, so it needs no locks."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+import zmq
+
+log = logging.getLogger("braid.kvtransfer")
+
+TICK_S = 0.25
+"""Period of the timers; also the longest a stop takes."""
+
+
+class Loop(threading.Thread):
+    """Polls sockets and runs callbacks.
+
+    :meth:`call_soon` may be called from any thread, the rest before :meth:`start` or on the loop's
+    own thread. A callback that raises is logged and does not end the loop. Sockets are closed by the
+    loop when it stops; the context is the owner's.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name=name, daemon=True)
+        self._poller = zmq.Poller()
+        self._handlers: dict[object, Callable[[], None]] = {}
+        self._timers: list[Callable[[], None]] = []
+        self._calls: deque[Callable[[], None]] = deque()
+        self._wake_r, self._wake_w = os.pipe()
+        os.set_blocking(self._wake_r, False)
+        os.set_blocking(self._wake_w, False)
+        self._poller.register(self._wake_r, zmq.POLLIN)
+        self._stopping = False
+
+    def add(self, socket: zmq.Socket[bytes], handler: Callable[[], None]) -> None:
+        """Call ``handler`` whenever ``socket`` is readable; it must read until EAGAIN or once."""
+        self._poller.register(socket, zmq.POLLIN)
+        self._handlers[socket] = handler
+
+    def remove(self, socket: zmq.Socket[bytes]) -> None:
+        """Forget and close a socket."""
+        self._poller.unregister(socket)
+        del self._handlers[socket]
+        socket.close(linger=0)
+
+    def every_tick(self, timer: Callable[[], None]) -> None:
+        """Call ``timer`` about every :data:`TICK_S` seconds."""
+        self._timers.append(timer)
+
+    def call_soon(self, call: Callable[[], None]) -> None:
+        """Run ``call`` on the loop's thread; calls keep their order."""
+        self._calls.append(call)
+        try:
+            os.write(self._wake_w, b"x")
+        except BlockingIOError:
+            pass  # the pipe is full, so the loop is awake already
+
+    def stop(self) -> None:
+        """Stop and wait. Calls queued before are still made."""
+        self.call_soon(self._stop)
+        self.join()
+
+    def _stop(self) -> None:
+        self._stopping = True
+
+    def run(self) -> None:
+        _use_all_cores()
+        due = time.monotonic() + TICK_S
+        while not self._stopping:
+            timeout = max(0, int((due - time.monotonic()) * 1000))
+            ready = self._poller.poll(timeout)
+            for source, _ in ready:
+                if source == self._wake_r:
+                    self._drain_wakes()
+                elif source in self._handlers:
+                    self._guard(self._handlers[source])
+            while self._calls:
+                self._guard(self._calls.popleft())
+            if time.monotonic() >= due:
+                due = time.monotonic() + TICK_S
+                for timer in self._timers:
+                    self._guard(timer)
+        for socket in list(self._handlers):
+            self.remove(socket)  # type: ignore[arg-type]
+        os.close(self._wake_r)
+        os.close(self._wake_w)
+
+    def _drain_wakes(self) -> None:
+        try:
+            while os.read(self._wake_r, 4096):
+                pass
+        except BlockingIOError:
+            pass
+
+    def _guard(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception:
+            log.exception("kv_loop_callback_failed")
+
+
+def _use_all_cores() -> None:
+    """Undo the core binding that a thread inherits from an engine's worker: a transfer that shares
+    the model's core does not overlap with it."""
+    if hasattr(os, "sched_setaffinity"):
+        try:
+            os.sched_setaffinity(0, range(os.cpu_count() or 1))
+        except OSError:
+            log.warning("kv_loop_affinity_unchanged")
