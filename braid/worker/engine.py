@@ -1,0 +1,217 @@
+"""Starts the vLLM engine of a worker, with Braid's KV connector and vLLM's own OpenAI layer over it."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from braid import wire
+from braid.settings import DecodeSettings, PrefillSettings, WorkerSettings, is_loopback
+from braid.worker.fingerprint import fingerprint, model_digest
+from kvtransfer.control import ControlServer
+from kvtransfer.wire import Ready
+
+_SOCKET_PATH_MAX = 100
+"""Unix socket paths are limited to 107 bytes."""
+
+
+@dataclass(slots=True)
+class Engine:
+    """A started engine.
+
+    Attributes:
+        llm: an ``AsyncLLM`` (or subclass).
+        app: vLLM's FastAPI application over it, state initialised.
+        control: link to the transfer ends in the engine's workers.
+        args: the parsed vLLM arguments.
+    """
+
+    llm: Any
+    app: Any
+    control: ControlServer
+    args: Any
+    epoch: int
+    fingerprint: str
+    endpoints: tuple[str, ...]
+
+    @property
+    def block_size(self) -> int:
+        return int(self.llm.vllm_config.cache_config.block_size)
+
+    @property
+    def blocks(self) -> int:
+        return int(self.llm.vllm_config.cache_config.num_gpu_blocks or 0)
+
+    @property
+    def slots(self) -> int:
+        return int(self.llm.vllm_config.scheduler_config.max_num_seqs)
+
+    async def call(self, method: str, *args: Any) -> Any:
+        """A utility call on the EngineCore's thread."""
+        return await self.llm.engine_core.call_utility_async(method, *args)
+
+
+def engine_environment(model: str) -> None:
+    """Settings of vLLM that only the environment carries; what is set already stays."""
+    defaults = {
+        "GLOO_SOCKET_IFNAME": "lo",
+        "VLLM_HOST_IP": "127.0.0.1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+    }
+    if Path(model).is_dir():
+        defaults["HF_HUB_OFFLINE"] = "1"
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def private_dir(run_dir: Path | None) -> Path:
+    """A folder for this worker's sockets, mode 0700, short enough for a socket path."""
+    if run_dir is not None:
+        run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if len(str(run_dir)) < _SOCKET_PATH_MAX - 20:
+            return Path(tempfile.mkdtemp(prefix="w", dir=run_dir))
+    return Path(tempfile.mkdtemp(prefix="braid-"))
+
+
+async def start_engine(
+    settings: PrefillSettings | DecodeSettings,
+    engine_args: list[str],
+    name: str,
+    llm_class: Any,
+    sockets: Path,
+) -> Engine:
+    """Start an engine and wait until it is up.
+
+    Args:
+        engine_args: vLLM's own flags, passed through.
+        name: the worker's name.
+        llm_class: ``AsyncLLM`` or a subclass of it.
+        sockets: private folder for ipc sockets.
+    """
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+    from vllm.entrypoints.launchers.app import build_app
+    from vllm.usage.usage_lib import UsageContext
+
+    epoch = secrets.randbits(63)
+    endpoint = f"ipc://{sockets}/kv"
+    control = ControlServer(endpoint)
+    args = _parse(settings, engine_args, _transfer_config(settings, name, epoch, endpoint))
+    config = AsyncEngineArgs.from_cli_args(args).create_engine_config(
+        usage_context=UsageContext.OPENAI_API_SERVER
+    )
+    llm = llm_class.from_vllm_config(
+        vllm_config=config,
+        usage_context=UsageContext.OPENAI_API_SERVER,
+        disable_log_stats=args.disable_log_stats,
+    )
+    ready = await control.wait_ready(config.parallel_config.world_size)
+    tasks = await llm.get_supported_tasks()
+    app = build_app(args, tasks, llm.model_config)
+    await init_app_state(llm, app.state, args, tasks)
+    return Engine(
+        llm=llm,
+        app=app,
+        control=control,
+        args=args,
+        epoch=epoch,
+        fingerprint=_fingerprint(settings, config, ready),
+        endpoints=tuple(_advertised(settings, r.endpoint) for r in ready if r.endpoint),
+    )
+
+
+def hello(engine: Engine, role: wire.Role, name: str, http: str) -> wire.Hello:
+    """How this worker introduces itself to the router."""
+    import vllm
+
+    return wire.Hello(
+        protocol=wire.PROTOCOL,
+        role=role,
+        worker=name,
+        epoch=engine.epoch,
+        models=tuple(engine.args.served_model_name),
+        max_model_len=int(engine.llm.model_config.max_model_len),
+        block_size=engine.block_size,
+        slots=engine.slots,
+        fingerprint=engine.fingerprint,
+        vllm_version=vllm.__version__,
+        kv_endpoints=engine.endpoints,
+        http=http,
+    )
+
+
+def _transfer_config(settings: WorkerSettings, name: str, epoch: int, control: str) -> str:
+    producer = isinstance(settings, PrefillSettings)
+    options: dict[str, Any] = {
+        "role": "prefill" if producer else "decode",
+        "control": control,
+        "name": name,
+        "epoch": epoch,
+        "keys_dir": str(settings.keys_dir or ""),
+    }
+    if isinstance(settings, PrefillSettings):
+        options |= {
+            "kv_bind": settings.kv_bind,
+            "staging_bytes": settings.staging_bytes,
+            "lease_s": settings.lease_s,
+        }
+    return json.dumps(
+        {
+            "kv_connector": "BraidConnector",
+            "kv_connector_module_path": "kvtransfer.adapter.connector",
+            "kv_role": "kv_producer" if producer else "kv_consumer",
+            "kv_load_failure_policy": "recompute",
+            "kv_connector_extra_config": options,
+        }
+    )
+
+
+def _parse(settings: WorkerSettings, engine_args: list[str], transfer: str) -> Any:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    served = settings.served_model_name or Path(settings.model).name
+    parser = make_arg_parser(FlexibleArgumentParser(prog="vLLM flags (after --)"))
+    args = parser.parse_args(
+        [
+            *("--model", settings.model),
+            *("--served-model-name", served),
+            *("--block-size", str(settings.block_size)),
+            *engine_args,
+            *("--kv-transfer-config", transfer),
+        ]
+    )
+    validate_parsed_serve_args(args)
+    return args
+
+
+def _fingerprint(settings: WorkerSettings, config: Any, ready: list[Ready]) -> str:
+    import vllm
+
+    model = config.model_config
+    return fingerprint(
+        model=model_digest(settings.model, model.revision),
+        vllm_version=vllm.__version__,
+        dtype=str(model.dtype),
+        kv_dtype=str(config.cache_config.cache_dtype),
+        quantization=str(model.quantization),
+        block_size=int(config.cache_config.block_size),
+        layouts=[r.layout for r in ready],
+    )
+
+
+def _advertised(settings: WorkerSettings, endpoint: str) -> str:
+    """The address decode workers connect to: a wildcard bind needs the host it is reached on."""
+    host = getattr(settings, "kv_advertise", "")
+    if host:
+        return f"tcp://{host}:{endpoint.rsplit(':', 1)[1]}"
+    if "0.0.0.0" in endpoint and not is_loopback(endpoint):
+        raise ValueError("kv_bind is a wildcard: set kv_advertise to the host that decode workers reach")
+    return endpoint

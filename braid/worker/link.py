@@ -1,0 +1,171 @@
+"""The worker's end of the link to the router."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Protocol
+
+import zmq
+import zmq.asyncio
+
+from braid import wire
+from braid.keys import apply_curve_client
+
+log = logging.getLogger("braid.worker")
+
+
+class Service(Protocol):
+    """What a server does with dispatches. ``start`` returns at once; the service sends exactly one
+    terminal message for each, also after ``cancel``."""
+
+    def start(self, message: wire.Prefill | wire.Decode) -> None: ...
+
+    def cancel(self, message: wire.Cancel) -> None:
+        """Idempotent; an unknown ref is ignored."""
+
+    def lost(self, message: wire.Lost) -> None:
+        """A ticket's producer is lost; an unknown ref is ignored."""
+
+    def cancel_all(self, reason: str) -> None:
+        """The router is gone: stop everything, nobody waits for it."""
+
+    def beat(self) -> wire.Beat: ...
+
+
+class WorkerLink:
+    """Keeps the worker registered and carries messages both ways.
+
+    Messages sent within one turn of the event loop leave as one multipart message, so the tokens that
+    a scheduling step gave to all samples travel together. Heartbeats run both ways; without a ``Ping``
+    for ``misses`` heartbeats the router is gone and all its work is stopped.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        hello: wire.Hello,
+        service: Service,
+        *,
+        heartbeat_s: float,
+        misses: int,
+        keys_dir: Path | None = None,
+    ) -> None:
+        self._hello = wire.encode(hello)
+        self._service = service
+        self._heartbeat_s = heartbeat_s
+        self._misses = misses
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.LINGER, 1000)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_FRAME)
+        self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+        apply_curve_client(self._socket, keys_dir)
+        self._socket.connect(endpoint)
+        self._outbox: list[wire.FromWorker] = []
+        self._wake = asyncio.Event()
+        self._router: int | None = None
+        self._heard = 0.0
+        self.draining = False
+
+    @property
+    def registered(self) -> bool:
+        """Whether a router has welcomed this worker and is alive."""
+        return self._router is not None
+
+    def send(self, message: wire.FromWorker) -> None:
+        """Queue a message for this turn's batch. Body bytes of the same dispatch are joined."""
+        last = self._outbox[-1] if self._outbox else None
+        if isinstance(message, wire.Body) and isinstance(last, wire.Body) and last.ref == message.ref:
+            self._outbox[-1] = wire.Body(
+                message.ref, last.data + message.data, message.end, message.kv, message.cut
+            )
+        else:
+            self._outbox.append(message)
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Serve until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            for loop in (self._receive, self._flush, self._beat):
+                tasks.create_task(loop())
+
+    async def drain(self, idle: Callable[[], bool], limit_s: float) -> None:
+        """Say ``Bye`` and wait until nothing runs, at most ``limit_s`` seconds."""
+        self.draining = True
+        self.send(wire.Bye())
+        until = time.monotonic() + limit_s
+        while not idle() and time.monotonic() < until:
+            await asyncio.sleep(0.02)
+
+    def close(self) -> None:
+        self._socket.close()
+        self._context.term()
+
+    async def _flush(self) -> None:
+        while True:
+            await self._wake.wait()
+            await asyncio.sleep(0)  # the rest of this turn joins the batch
+            self._wake.clear()
+            batch, self._outbox = self._outbox, []
+            if batch:
+                await self._socket.send_multipart([wire.encode(m) for m in batch])
+
+    async def _beat(self) -> None:
+        while True:
+            if self._router is not None:
+                if time.monotonic() - self._heard > self._heartbeat_s * self._misses:
+                    self._router_gone("silent")
+                else:
+                    self.send(self._service.beat())
+            if self._router is None and not self.draining:
+                await self._socket.send(self._hello)
+            await asyncio.sleep(self._heartbeat_s)
+
+    async def _receive(self) -> None:
+        while True:
+            for frame in await self._socket.recv_multipart():
+                try:
+                    self._handle(wire.decode_to_worker(frame))
+                except wire.WireError as error:
+                    log.warning("malformed_message", extra={"detail": str(error)})
+
+    def _handle(self, message: wire.ToWorker) -> None:
+        self._heard = time.monotonic()
+        match message:
+            case wire.Welcome(router) | wire.Ping(router):
+                self._meet(router, isinstance(message, wire.Welcome))
+            case wire.Prefill() | wire.Decode():
+                self._service.start(message)
+            case wire.Cancel():
+                self._service.cancel(message)
+            case wire.Lost():
+                self._service.lost(message)
+
+    def _meet(self, router: int, welcome: bool) -> None:
+        if self._router == router:
+            return
+        if self._router is not None:
+            self._router_gone("restarted")
+        if welcome:
+            self._router = router
+            log.info("registered", extra={"router": router})
+
+    def _router_gone(self, how: str) -> None:
+        log.warning("router_gone", extra={"how": how})
+        self._router = None
+        self._outbox.clear()
+        self._service.cancel_all("router_gone")
+
+
+async def keep_calling(call: Callable[[], Awaitable[None]], period_s: float) -> None:
+    """Call forever, ``period_s`` after the last call ended; failures are logged."""
+    while True:
+        try:
+            await call()
+        except Exception:
+            log.exception("periodic_call_failed")
+        await asyncio.sleep(period_s)
