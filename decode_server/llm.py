@@ -1,0 +1,212 @@
+"""The engine of a decode worker: one prompt, one import, n separate samples."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from braid import wire
+from braid.worker.prompt import shareable
+from decode_server.prefix import Held, Prefixes, Source
+from decode_server.seeds import sample_seed
+from kvtransfer.adapter.connector import PARAM
+
+Ended = Callable[[int, RequestOutput | None, str], None]
+"""Called once a sample: its number in the group, its last output (None: cancelled or failed), error."""
+
+
+@dataclass(slots=True)
+class Job:
+    """One ``Decode``: what :meth:`DecodeLLM.generate` needs to know beyond vLLM's arguments.
+
+    Attributes:
+        first: number of the share's first sample in the group.
+        on_sample: set in mode ``samples``: every sample is reported when it ends.
+        held: one entry a prompt of the body, as they come.
+        samples: engine request ids of the running samples, by their number in the group.
+        generated: tokens generated so far, by sample number, also of cancelled samples.
+    """
+
+    source: Source
+    prefixes: Prefixes
+    first: int = 0
+    on_sample: Ended | None = None
+    parts: int = 0
+    held: list[Held] = field(default_factory=list)
+    samples: dict[int, str] = field(default_factory=dict)
+    generated: dict[int, int] = field(default_factory=dict)
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+
+    def record(self) -> wire.KvRecord:
+        """The transfers of all prompts, summed; the path is the worst of them."""
+        records = [held.record for held in self.held]
+        worst = max(records, key=lambda r: _BADNESS[r.path], default=wire.KvRecord("local"))
+        return wire.KvRecord(
+            worst.path,
+            transfers=sum(r.transfers for r in records),
+            nbytes=sum(r.nbytes for r in records),
+            blocks=sum(r.blocks for r in records),
+            blocks_cached=sum(r.blocks_cached for r in records),
+            reason=worst.reason,
+            wait_s=max((r.wait_s for r in records), default=0.0),
+            wire_s=max((r.wire_s for r in records), default=0.0),
+        )
+
+
+_BADNESS = {"remote": 0, "local": 1, "recomputed": 2}
+
+JOB: contextvars.ContextVar[Job | None] = contextvars.ContextVar("job", default=None)
+"""The job that the running task serves; set around the call of vLLM's OpenAI application."""
+
+
+class DecodeLLM(AsyncLLM):
+    """``AsyncLLM`` whose ``generate`` imports the prompt's KV first and runs n requests of one sample.
+
+    vLLM's own children of an ``n`` request can't be cancelled one by one and derive adjacent seeds.
+    """
+
+    async def generate(
+        self, prompt: Any, sampling_params: SamplingParams, request_id: str, **options: Any
+    ) -> AsyncGenerator[RequestOutput, None]:
+        job = JOB.get()
+        if job is None:
+            async for output in super().generate(prompt, sampling_params, request_id, **options):
+                yield output
+            return
+        held = await self._acquire(job, prompt, sampling_params, options)
+        try:
+            run = _Samples(self, job, held, prompt, sampling_params, request_id, options)
+            async for output in run.outputs():
+                yield output
+        finally:
+            job.prefixes.release(held)
+
+    async def _acquire(
+        self, job: Job, prompt: Any, params: SamplingParams, options: dict[str, Any]
+    ) -> Held:
+        part, job.parts = job.parts, job.parts + 1
+        shared = shareable(prompt, options.get("lora_request"))
+        if shared is None or params.prompt_logprobs is not None or shared.adapter:
+            held = Held(None, wire.KvRecord("local", reason="unshareable"))
+        else:
+            held = await job.prefixes.acquire(shared, part, job.source)
+        job.held.append(held)
+        return held
+
+    def plain(self, *args: Any, **options: Any) -> AsyncGenerator[RequestOutput, None]:
+        """vLLM's own ``generate``."""
+        return super().generate(*args, **options)
+
+
+class _Samples:
+    """The n requests of one prompt. Leaving :meth:`outputs` aborts those that still run."""
+
+    def __init__(
+        self,
+        llm: DecodeLLM,
+        job: Job,
+        held: Held,
+        prompt: Any,
+        params: SamplingParams,
+        request_id: str,
+        options: dict[str, Any],
+    ) -> None:
+        self._llm = llm
+        self._job = job
+        self._held = held
+        self._prompt = prompt
+        self._params = params
+        self._request_id = request_id
+        self._options = options
+        self._base = job.first + (job.parts - 1) * params.n
+        self._queue: asyncio.Queue[RequestOutput | BaseException | None] = asyncio.Queue()
+
+    async def outputs(self) -> AsyncGenerator[RequestOutput, None]:
+        """Outputs of all samples as they come, or one with all of them if only the final is wanted."""
+        tasks = [asyncio.create_task(self._sample(i)) for i in range(self._params.n)]
+        final = self._params.output_kind == RequestOutputKind.FINAL_ONLY
+        finals: list[RequestOutput] = []
+        running = len(tasks)
+        try:
+            while running:
+                output = await self._queue.get()
+                if isinstance(output, BaseException):
+                    raise output
+                if output is None:
+                    running -= 1
+                elif final:
+                    finals.append(output)
+                else:
+                    yield output
+            if finals:
+                yield _merge(finals)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _sample(self, i: int) -> None:
+        """Run one sample; its end is ``None`` in the queue, or the exception that fails the request.
+
+        An aborted sample ends with an output too (finish reason ``abort``).
+        """
+        number, last, error = self._base + i, None, ""
+        job = self._job
+        job.generated[number] = 0
+        engine_id = job.samples[number] = f"{self._request_id}-{number}"
+        try:
+            stream = self._llm.plain(self._prompt, self._child_params(i), engine_id, **self._options)
+            async for output in stream:
+                self._account(output, number)
+                output.outputs[0].index = i
+                last = output if output.finished else last
+                self._queue.put_nowait(output)
+            self._queue.put_nowait(None)
+        except Exception as failure:
+            error = f"{type(failure).__name__}: {failure}"
+            self._queue.put_nowait(failure if job.on_sample is None else None)
+        finally:
+            del job.samples[number]
+            if job.on_sample is not None:
+                job.on_sample(number, last, error)
+
+    def _account(self, output: RequestOutput, number: int) -> None:
+        job, completion = self._job, output.outputs[0]
+        delta = self._params.output_kind == RequestOutputKind.DELTA
+        before = job.generated[number] if delta else 0
+        job.generated[number] = before + len(completion.token_ids)
+        if self._held.name is not None:  # vLLM counts the imported blocks as cached
+            block_size = self._llm.vllm_config.cache_config.block_size
+            output.num_cached_tokens = self._held.record.blocks_cached * block_size
+        if number == self._base:
+            job.prompt_tokens = len(output.prompt_token_ids or ()) or job.prompt_tokens
+            job.cached_tokens = output.num_cached_tokens or 0
+
+    def _child_params(self, i: int) -> SamplingParams:
+        params = self._params.clone()
+        params.n = 1
+        params.seed = sample_seed(self._params.seed, self._base + i)
+        extra = dict(params.extra_args or {})
+        extra.pop("kv_transfer_params", None)
+        if self._held.name is not None:
+            extra["kv_transfer_params"] = {PARAM: self._held.name}
+        params.extra_args = extra or None
+        if self._job.on_sample is not None and params.logprobs is None:
+            params.logprobs = 0  # of the sampled token: strategies weigh by it
+        return params
+
+
+def _merge(finals: list[RequestOutput]) -> RequestOutput:
+    """One output with every sample's completion, in index order."""
+    completions: list[CompletionOutput] = sorted((f.outputs[0] for f in finals), key=lambda c: c.index)
+    merged = finals[0]
+    merged.outputs = completions
+    return merged

@@ -1,0 +1,213 @@
+"""Brings a group's prompt into the engine's cache once, before any of its samples is submitted.
+
+The engine does not know that a transfer is under way: blocks are taken from its pool
+(:mod:`kvtransfer.adapter.imports`), written by the transfer thread of its worker process, and
+published when they are complete. While it waits nothing is polled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from braid import wire
+from braid.worker.engine import Engine
+from braid.worker.prompt import Prompt
+from kvtransfer import wire as kv
+from kvtransfer.plan import num_blocks
+
+log = logging.getLogger("braid.decode")
+
+_RETRY_S = 0.02
+"""Pause before the pool is asked again when it had no room."""
+
+
+@dataclass(slots=True)
+class Held:
+    """A prompt's place in the cache. ``name`` is the import's, None if the samples compute it."""
+
+    name: str | None
+    record: wire.KvRecord
+    blocks: int = 0
+
+
+class Source:
+    """Where a dispatch's KV comes from: its ticket, which the router may replace or take away."""
+
+    def __init__(self, ticket: wire.Ticket | None, reason: str) -> None:
+        self.ticket = ticket
+        self.reason = reason
+        self._changed = asyncio.Event()
+
+    def change(self, ticket: wire.Ticket | None, reason: str) -> None:
+        """The producer is lost; go on with ``ticket``, or without one."""
+        self.ticket, self.reason = ticket, reason
+        self._changed.set()
+
+    async def changed(self) -> None:
+        """Wait until the ticket was changed since the last call."""
+        await self._changed.wait()
+        self._changed.clear()
+
+
+class Prefixes:
+    """Imports of a decode worker.
+
+    At most ``max_load_share`` of the cache is held by imports at a time; more wait, first come first
+    served, so that samples that run always find blocks. ``acquire`` and ``release`` pair up; a cancelled
+    ``acquire`` has released what it took.
+    """
+
+    def __init__(self, engine: Engine, max_load_share: float, load_timeout_s: float) -> None:
+        self._engine = engine
+        self._capacity = int(engine.blocks * max_load_share)
+        self._timeout_s = load_timeout_s
+        self._names = itertools.count()
+        self._held = 0
+        self._room = asyncio.Condition()
+        self._releases: set[asyncio.Task[None]] = set()
+
+    @property
+    def idle(self) -> bool:
+        return self._held == 0 and not self._releases
+
+    @property
+    def held_blocks(self) -> int:
+        return self._held
+
+    async def acquire(self, prompt: Prompt, part: int, source: Source) -> Held:
+        """Import a prompt's KV, or say why the samples must compute it themselves.
+
+        Never raises for a failed transfer: the outcome is in the record.
+        """
+        if source.ticket is None:
+            return Held(None, wire.KvRecord("local", reason=source.reason or "no_ticket"))
+        blocks = num_blocks(len(prompt.tokens), self._engine.block_size)
+        if blocks > self._capacity:
+            return Held(None, wire.KvRecord("local", reason="too_large"))
+        name = f"i{next(self._names)}"
+        held = Held(name, wire.KvRecord("recomputed"), blocks)
+        await self._take(blocks)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                held.record = await self._import(name, prompt, part, source)
+        except TimeoutError:
+            held.record = wire.KvRecord("recomputed", reason="timeout")
+        except BaseException:
+            self.release(held)
+            raise
+        if held.record.path == "remote":
+            return held
+        self.release(held)
+        return Held(None, held.record)
+
+    def release(self, held: Held) -> None:
+        """Give back what ``acquire`` took, once its samples have ended. Idempotent."""
+        if held.name is None:
+            return
+        name, held.name = held.name, None
+        task = asyncio.get_running_loop().create_task(self._release(name, held.blocks))
+        self._releases.add(task)
+        task.add_done_callback(self._releases.discard)
+
+    async def _take(self, blocks: int) -> None:
+        async with self._room:
+            await self._room.wait_for(lambda: self._held + blocks <= self._capacity)
+            self._held += blocks
+
+    async def _release(self, name: str, blocks: int) -> None:
+        try:
+            await self._engine.call("braid_release", name)
+        except Exception:
+            log.exception("import_release_failed", extra={"import": name})
+        async with self._room:
+            self._held -= blocks
+            self._room.notify_all()
+
+    async def _import(self, name: str, prompt: Prompt, part: int, source: Source) -> wire.KvRecord:
+        engine = self._engine
+        while (
+            begun := await engine.call("braid_begin", name, prompt.tokens, prompt.salt, [])
+        ) is None:
+            await asyncio.sleep(_RETRY_S)
+        cached, block_ids = int(begun["cached"]), tuple(begun["blocks"])
+        transfers = 0
+        while (ticket := source.ticket) is not None:
+            transfers += 1
+            ended = await self._load(ticket, prompt, part, cached, block_ids, source)
+            if isinstance(ended, list):
+                commit = asyncio.ensure_future(engine.call("braid_commit", name))
+                await asyncio.sleep(0)  # sent now, so it precedes the samples in the engine's queue
+                commit.add_done_callback(_log_failure)
+                return _record(ended, cached, transfers)
+            if source.ticket is ticket:
+                source.change(None, ended)
+                await source.changed()
+        return wire.KvRecord("recomputed", reason=source.reason, blocks_cached=cached)
+
+    async def _load(
+        self,
+        ticket: wire.Ticket,
+        prompt: Prompt,
+        part: int,
+        first: int,
+        block_ids: tuple[int, ...],
+        source: Source,
+    ) -> list[kv.Loaded] | str:
+        """One transfer over every rank: what was loaded, or why not. When it returns (or raises),
+        nothing writes the blocks any more."""
+        engine = self._engine
+        key = kv.Key(ticket.id, ticket.attempt, part)
+        if len(ticket.endpoints) != len(engine.control.ranks):
+            return "ranks_differ"
+        commands: list[kv.Command] = [
+            kv.Load(
+                key,
+                endpoint,
+                ticket.epoch,
+                engine.fingerprint,
+                len(prompt.tokens),
+                prompt.chain(engine.block_size),
+                first,
+                block_ids[first:],
+                self._timeout_s,
+            )
+            for endpoint in ticket.endpoints
+        ]
+        loaded = engine.control.expect(("load", key))
+        await engine.control.send(commands)
+        changed = asyncio.ensure_future(source.changed())
+        try:
+            await asyncio.wait([loaded, changed], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            changed.cancel()
+            if not loaded.done():
+                await asyncio.shield(self._unload(key, loaded))
+        events = loaded.result()
+        failed = [e.reason for e in events if isinstance(e, kv.Failed)]
+        return failed[0] if failed else [e for e in events if isinstance(e, kv.Loaded)]
+
+    async def _unload(self, key: kv.Key, loaded: asyncio.Future[list[kv.Event]]) -> None:
+        """Stop a load and wait until every rank has."""
+        await self._engine.control.broadcast(kv.Unload(key, "cancelled"))
+        await loaded
+
+
+def _record(loaded: list[kv.Loaded], cached: int, transfers: int) -> wire.KvRecord:
+    return wire.KvRecord(
+        "remote",
+        transfers=transfers,
+        nbytes=sum(event.nbytes for event in loaded),
+        blocks=loaded[0].blocks,
+        blocks_cached=cached,
+        wait_s=max(event.wait_s for event in loaded),
+        wire_s=max(event.wire_s for event in loaded),
+    )
+
+
+def _log_failure(task: asyncio.Future[Any]) -> None:
+    if not task.cancelled() and task.exception() is not None:
+        log.error("import_commit_failed", extra={"detail": str(task.exception())})

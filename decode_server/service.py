@@ -1,0 +1,225 @@
+"""Runs ``Decode`` dispatches through vLLM's OpenAI layer and sends what it answers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm.outputs import RequestOutput
+
+from braid import wire
+from braid.settings import DecodeSettings
+from braid.worker.asgi import post
+from braid.worker.engine import Engine
+from decode_server.choices import ChoiceMaker
+from decode_server.llm import JOB, Job
+from decode_server.prefix import Prefixes, Source
+from kvtransfer import wire as kv
+
+log = logging.getLogger("braid.decode")
+
+Send = Callable[[wire.FromWorker], None]
+
+_HOP_HEADERS = frozenset({"content-length", "transfer-encoding", "connection", "server", "date"})
+
+
+@dataclass(slots=True)
+class _Dispatch:
+    """A ``Decode`` that runs."""
+
+    message: wire.Decode
+    job: Job
+    task: asyncio.Task[None] | None = None
+    reports: set[asyncio.Task[None]] = field(default_factory=set)
+
+
+class DecodeService:
+    """Owns the dispatches of a decode worker."""
+
+    def __init__(self, engine: Engine, send: Send, settings: DecodeSettings) -> None:
+        self._engine = engine
+        self._send = send
+        self._prefixes = Prefixes(engine, settings.max_load_share, settings.load_timeout_s)
+        self._running: dict[int, _Dispatch] = {}
+        self._core: dict[str, int] = {}
+        self._kv = kv.Stats()
+
+    def start(self, message: wire.Prefill | wire.Decode) -> None:
+        if isinstance(message, wire.Prefill) or message.ref in self._running:
+            log.warning("unexpected_dispatch", extra={"ref": message.ref})
+            return
+        job = Job(Source(message.ticket, message.reason), self._prefixes, message.first)
+        dispatch = self._running[message.ref] = _Dispatch(message, job)
+        run = self._run_http if message.mode == "http" else self._run_samples
+        dispatch.task = asyncio.create_task(self._guard(dispatch, run))
+
+    def cancel(self, message: wire.Cancel) -> None:
+        dispatch = self._running.get(message.ref)
+        if dispatch is None or dispatch.task is None:
+            return
+        if message.samples is None:
+            dispatch.task.cancel()
+            return
+        wanted = [dispatch.job.samples[i] for i in message.samples if i in dispatch.job.samples]
+        if wanted:
+            asyncio.get_running_loop().create_task(self._engine.llm.abort(wanted))
+
+    def lost(self, message: wire.Lost) -> None:
+        if (dispatch := self._running.get(message.ref)) is not None:
+            dispatch.job.source.change(message.ticket, message.reason)
+
+    def cancel_all(self, reason: str) -> None:
+        for dispatch in list(self._running.values()):
+            if dispatch.task is not None:
+                dispatch.task.cancel()
+
+    def beat(self) -> wire.Beat:
+        blocks = self._core.get("blocks", 1)
+        return wire.Beat(
+            running=self._core.get("running", 0),
+            waiting=self._core.get("waiting", 0),
+            kv_usage=1 - self._core.get("free", blocks) / blocks,
+            tickets=self._kv.loads,
+            engine_ok=not self._engine.llm.errored,
+        )
+
+    async def refresh(self) -> None:
+        self._core = await self._engine.call("braid_stats")
+        self._kv = await self._engine.control.stats()
+
+    def idle(self) -> bool:
+        return not self._running and self._prefixes.idle
+
+    def stats(self) -> dict[str, Any]:
+        return {
+            **self._core,
+            "dispatches": len(self._running),
+            "loads": self._kv.loads,
+            "import_blocks": self._prefixes.held_blocks,
+        }
+
+    async def _guard(
+        self, dispatch: _Dispatch, run: Callable[[_Dispatch], Any]
+    ) -> None:
+        """Run a dispatch within its deadline; whatever happens, it ends once."""
+        message = dispatch.message
+        token = JOB.set(dispatch.job)
+        try:
+            async with asyncio.timeout(message.deadline_s):
+                await run(dispatch)
+        except TimeoutError:
+            self._end_early(message, 504, "the request passed its deadline")
+        except asyncio.CancelledError:
+            self._end_early(message, 499, "cancelled")
+        except Exception as error:
+            log.exception("dispatch_failed", extra={"request_id": message.request_id})
+            self._end_early(message, 500, type(error).__name__)
+        finally:
+            JOB.reset(token)
+            del self._running[message.ref]
+
+    def _end_early(self, message: wire.Decode, status: int, why: str) -> None:
+        if message.mode == "samples":
+            self._send(wire.GroupDone(message.ref, status, _error(why)))
+        else:
+            self._send(wire.Body(message.ref, b"", end=True, cut=why))
+
+    async def _run_http(self, dispatch: _Dispatch) -> None:
+        """Pass vLLM's response on; the head waits for the first bytes, when the path is known."""
+        message, job = dispatch.message, dispatch.job
+        head: tuple[int, list[tuple[str, str]]] = (500, [])
+        begun = False
+
+        def on_start(status: int, headers: list[tuple[str, str]]) -> None:
+            nonlocal head
+            head = status, [(k, v) for k, v in headers if k.lower() not in _HOP_HEADERS]
+
+        def begin() -> None:
+            nonlocal begun
+            begun = True
+            self._send(wire.Head(message.ref, head[0], tuple(head[1]), job.record()))
+
+        def on_chunk(data: bytes) -> None:
+            if not begun:
+                begin()
+            self._send(wire.Body(message.ref, data))
+
+        headers = (*message.headers, ("x-request-id", message.request_id))
+        await post(self._engine.app, message.target, message.body, headers, on_start, on_chunk)
+        if not begun:
+            begin()
+        self._send(wire.Body(message.ref, b"", end=True, kv=job.record()))
+
+    async def _run_samples(self, dispatch: _Dispatch) -> None:
+        """Report each sample as it ends; vLLM's joint response only says whether it went well."""
+        message, job = dispatch.message, dispatch.job
+        body = _not_streamed(message.body)
+        status, chunks, maker = 500, list[bytes](), None
+
+        def on_sample(number: int, output: RequestOutput | None, error: str) -> None:
+            nonlocal maker
+            if maker is None:
+                maker = ChoiceMaker(self._engine.app.state, message.target, body, message.request_id)
+            report = asyncio.create_task(self._report(message.ref, maker, number, output, error))
+            dispatch.reports.add(report)
+
+        def on_start(code: int, headers: list[tuple[str, str]]) -> None:
+            nonlocal status
+            status = code
+
+        job.on_sample = on_sample
+        headers = (*message.headers, ("x-request-id", message.request_id))
+        await post(self._engine.app, message.target, body, headers, on_start, chunks.append)
+        await asyncio.gather(*dispatch.reports)
+        self._send(
+            wire.GroupDone(
+                message.ref,
+                200 if dispatch.reports else status,
+                b"" if dispatch.reports else b"".join(chunks),
+                job.prompt_tokens,
+                job.cached_tokens,
+                sum(job.generated.values()),
+                job.record(),
+            )
+        )
+
+    async def _report(
+        self, ref: int, maker: ChoiceMaker, number: int, output: RequestOutput | None, error: str
+    ) -> None:
+        if output is None:
+            self._send(wire.Sample(ref, number, "failed", error=error or "no output"))
+            return
+        completion = output.outputs[0]
+        choice, text = await maker.make(output)
+        self._send(
+            wire.Sample(
+                ref,
+                number,
+                "cancelled" if completion.finish_reason == "abort" else "finished",
+                choice,
+                text,
+                completion.finish_reason or "",
+                len(completion.token_ids),
+                completion.cumulative_logprob,
+            )
+        )
+
+
+def _not_streamed(body: bytes) -> bytes:
+    try:
+        fields = json.loads(body)
+    except ValueError:
+        return body
+    if not isinstance(fields, dict):
+        return body
+    fields.pop("stream_options", None)
+    return json.dumps({**fields, "stream": False}).encode()
+
+
+def _error(message: str) -> bytes:
+    error = {"message": message, "type": "server_error", "param": None, "code": None}
+    return json.dumps({"error": error}).encode()

@@ -1,0 +1,213 @@
+"""Runs ``Prefill`` dispatches: render, lease, compute; the transfer itself is the worker process's."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from braid import wire
+from braid.worker.asgi import post
+from braid.worker.engine import Engine
+from braid.worker.prompt import Prompt
+from kvtransfer import wire as kv
+from kvtransfer.plan import num_blocks
+from prefill_server.llm import JOB, Job, Unshareable
+
+log = logging.getLogger("braid.prefill")
+
+_SAMPLING_FIELDS = frozenset(
+    {"n", "best_of", "stream", "stream_options", "logprobs", "top_logprobs", "use_beam_search", "echo"}
+    | {"prompt_logprobs", "max_tokens", "max_completion_tokens", "min_tokens", "stop", "seed"}
+)
+"""Fields without effect on the rendered prompt that would make vLLM's layer do more than prefill."""
+
+
+class PrefillService:
+    """Owns the dispatches of a prefill worker and, through ``control``, their leases.
+
+    A lease outlives its dispatch: it ends when the decode workers have the KV, by time, or by cancel.
+    """
+
+    def __init__(self, engine: Engine, send: Callable[[wire.FromWorker], None]) -> None:
+        self._engine = engine
+        self._send = send
+        self._jobs: dict[int, asyncio.Task[None]] = {}
+        self._leases = _Leases(engine)
+        self._core: dict[str, int] = {}
+        self._kv = kv.Stats()
+
+    def start(self, message: wire.Prefill | wire.Decode) -> None:
+        if isinstance(message, wire.Decode) or message.ref in self._jobs:
+            log.warning("unexpected_dispatch", extra={"ref": message.ref})
+            return
+        self._jobs[message.ref] = asyncio.create_task(self._run(message))
+
+    def cancel(self, message: wire.Cancel) -> None:
+        if (task := self._jobs.get(message.ref)) is not None:
+            task.cancel()
+        self._leases.close(message.ref, "cancelled")
+
+    def lost(self, message: wire.Lost) -> None:
+        """Nothing: a prefill worker depends on no producer."""
+
+    def cancel_all(self, reason: str) -> None:
+        for ref, task in list(self._jobs.items()):
+            task.cancel()
+            self._leases.close(ref, reason)
+
+    def beat(self) -> wire.Beat:
+        blocks = self._core.get("blocks", 1)
+        return wire.Beat(
+            running=self._core.get("running", 0),
+            waiting=self._core.get("waiting", 0),
+            kv_usage=1 - self._core.get("free", blocks) / blocks,
+            staging_bytes=self._kv.staging_bytes,
+            tickets=self._kv.leases,
+            engine_ok=not self._engine.llm.errored,
+        )
+
+    async def refresh(self) -> None:
+        self._core = await self._engine.call("braid_stats")
+        self._kv = await self._engine.control.stats()
+
+    def idle(self) -> bool:
+        return not self._jobs and self._kv.leases == 0
+
+    def stats(self) -> dict[str, Any]:
+        return {
+            **self._core,
+            "jobs": len(self._jobs),
+            "staging_bytes": self._kv.staging_bytes,
+            "leases": self._kv.leases,
+            "pending": self._kv.pending,
+        }
+
+    async def _run(self, message: wire.Prefill) -> None:
+        started = time.monotonic()
+        ticket = message.ticket
+        job = Job(ticket.id, ticket.attempt, self._leases.of(message))
+        answer = wire.PrefillDone(message.ref, 499)
+        try:
+            if ticket.epoch != self._engine.epoch:
+                answer = wire.PrefillDone(message.ref, 410, _error("the ticket is of another epoch"))
+            else:
+                async with asyncio.timeout(message.deadline_s):
+                    answer = await self._prefill(message, job)
+        except TimeoutError:
+            answer = wire.PrefillDone(message.ref, 504, _error("prefill passed its deadline"))
+        finally:
+            del self._jobs[message.ref]
+            if answer.status != 200:
+                self._leases.close(message.ref, f"prefill_{answer.status}")
+            elapsed = time.monotonic() - started
+            self._send(
+                wire.PrefillDone(
+                    message.ref,
+                    answer.status,
+                    answer.body,
+                    job.prompt_tokens,
+                    job.cached_tokens,
+                    elapsed,
+                )
+            )
+
+    async def _prefill(self, message: wire.Prefill, job: Job) -> wire.PrefillDone:
+        """Run vLLM's layer up to the prefill; what it makes of the one token is not used."""
+        status, chunks = 500, list[bytes]()
+
+        def on_start(code: int, headers: list[tuple[str, str]]) -> None:
+            nonlocal status
+            status = code
+
+        token = JOB.set(job)
+        try:
+            headers = [("x-request-id", message.request_id)]
+            body = _prompt_only(message.body)
+            await post(self._engine.app, message.target, body, headers, on_start, chunks.append)
+        except Exception as error:
+            if job.done < max(1, job.parts):
+                raise_reason = job.refusal or type(error).__name__
+                return wire.PrefillDone(message.ref, 422, _error(f"not prefilled: {raise_reason}"))
+        finally:
+            JOB.reset(token)
+        if job.done and job.done == job.parts:
+            return wire.PrefillDone(message.ref, 200)
+        return wire.PrefillDone(message.ref, 422 if job.refusal else status, b"".join(chunks))
+
+
+class _Leases:
+    """Leases by dispatch, until they close."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._keys: dict[int, list[kv.Key]] = {}
+
+    def of(self, message: wire.Prefill) -> _JobLeases:
+        return _JobLeases(self, message)
+
+    async def open(self, message: wire.Prefill, key: kv.Key, prompt: Prompt) -> None:
+        engine = self._engine
+        command = kv.Open(
+            key,
+            len(prompt.tokens),
+            num_blocks(len(prompt.tokens), engine.block_size),
+            prompt.chain(engine.block_size),
+            engine.fingerprint,
+            max(1, message.ticket.subscribers),
+        )
+        opened = engine.control.expect(("open", key))
+        closed = engine.control.expect(("closed", key))
+        closed.add_done_callback(lambda _: self._forget(message.ref, key))
+        self._keys.setdefault(message.ref, []).append(key)
+        await engine.control.broadcast(command)
+        try:
+            await asyncio.wait([opened, closed], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            engine.control.forget(("open", key))
+        if not opened.done():
+            raise Unshareable("the lease was refused")
+
+    def close(self, ref: int, reason: str) -> None:
+        """End what a dispatch still holds. Idempotent."""
+        for key in self._keys.get(ref, []):
+            command = kv.Close(key, reason)
+            asyncio.get_running_loop().create_task(self._engine.control.broadcast(command))
+
+    def _forget(self, ref: int, key: kv.Key) -> None:
+        keys = self._keys.get(ref, [])
+        if key in keys:
+            keys.remove(key)
+        if not keys:
+            self._keys.pop(ref, None)
+
+
+class _JobLeases:
+    """:class:`prefill_server.llm.Staging` for one dispatch."""
+
+    def __init__(self, leases: _Leases, message: wire.Prefill) -> None:
+        self._leases = leases
+        self._message = message
+
+    async def open(self, key: kv.Key, prompt: Prompt) -> None:
+        await self._leases.open(self._message, key, prompt)
+
+
+def _prompt_only(body: bytes) -> bytes:
+    """The body without sampling fields; one that is not an object is vLLM's to refuse."""
+    try:
+        fields = json.loads(body)
+    except ValueError:
+        return body
+    if not isinstance(fields, dict):
+        return body
+    kept = {k: v for k, v in fields.items() if k not in _SAMPLING_FIELDS}
+    return json.dumps({**kept, "max_tokens": 1}).encode()
+
+
+def _error(message: str) -> bytes:
+    error = {"message": message, "type": "server_error", "param": None, "code": None}
+    return json.dumps({"error": error}).encode()
