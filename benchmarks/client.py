@@ -12,19 +12,23 @@ import msgspec
 TIMEOUT_S = 120.0
 
 
-class Sse(msgspec.Struct):
-    """The part of one streamed completion chunk that is timed."""
+class Choice(msgspec.Struct):
+    """One sample's part of a chunk."""
+
+    text: str = ""
+
+
+class Chunk(msgspec.Struct):
+    """The part of one streamed completion chunk that is timed; a chunk of usage alone has no choices."""
 
     choices: list[Choice] = []
 
 
-class Choice(msgspec.Struct):
-    text: str = ""
-    finish_reason: str | None = None
-
-
 class Measurement(msgspec.Struct):
-    """One request as its client saw it; times are seconds since the request was written."""
+    """One request as its client saw it; times are seconds from before the request was written.
+
+    `first_text_s` is the time to first token. A reply without any text counts its first chunk.
+    """
 
     first_chunk_s: float
     first_text_s: float
@@ -32,11 +36,6 @@ class Measurement(msgspec.Struct):
     text: str
     chunks: int
     headers: dict[str, str]
-
-    @property
-    def ttft_s(self) -> float:
-        """Time to the first text; a reply without any text counts its first chunk."""
-        return self.first_text_s
 
 
 def open_client(base_url: str) -> httpx.Client:
@@ -68,7 +67,9 @@ def stream_completion(client: httpx.Client, body: dict[str, Any]) -> Measurement
     return Measurement(first_chunk, first_text, end, text, len(with_choice), headers)
 
 
-def whole_completion(client: httpx.Client, body: dict[str, Any]) -> tuple[float, dict[str, Any], dict[str, str]]:
+def whole_completion(
+    client: httpx.Client, body: dict[str, Any]
+) -> tuple[float, dict[str, Any], dict[str, str]]:
     """Seconds to the complete reply of one plain completion, its JSON body, and its proof headers."""
     start = time.perf_counter()
     response = client.post("/v1/completions", json=body)
@@ -82,7 +83,7 @@ def proof_headers(headers: httpx.Headers) -> dict[str, str]:
     return {name: value for name, value in headers.items() if name.startswith("x-braid-")}
 
 
-def _chunks(lines: Iterable[str]) -> Iterator[Sse]:
+def _chunks(lines: Iterable[str]) -> Iterator[Chunk]:
     for line in lines:
         if line.startswith("data:") and (data := line[5:].strip()) != "[DONE]":
-            yield msgspec.json.decode(data, type=Sse)
+            yield msgspec.json.decode(data, type=Chunk)

@@ -1,9 +1,10 @@
 """Run one command so that nothing it starts outlives the script that asked for it.
 
-Usage: `python guard.py COMMAND...` with a pipe as stdin that the asking script holds open. The guard adopts every
-orphan below it (`PR_SET_CHILD_SUBREAPER`), so the tree is complete even where a server detaches its workers. When
-stdin reaches its end (the script closed it, or died, however) the command gets SIGTERM, and after `GRACE_S` whatever
-is left of the tree gets SIGKILL. When the command ends by itself the rest of its tree is killed at once.
+Usage: `python guard.py COMMAND...` with a pipe as stdin that the asking script holds open. The guard adopts
+every orphan below it (`PR_SET_CHILD_SUBREAPER`), so the tree is complete even where a server detaches its
+workers. When stdin ends (the script closed it, or died, however) the command gets SIGTERM, and after
+`GRACE_S` whatever is left of the tree gets SIGKILL. When the command ends by itself the rest of its tree is
+killed at once.
 Linux only; standard library only, because it runs before any environment is known.
 """
 
@@ -92,7 +93,9 @@ def main(argv: list[str]) -> int:
     for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(sig, signal.SIG_IGN)  # the pipe is the one way to end a guard
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_default_signals)
+    child = subprocess.Popen(
+        argv, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_default_signals
+    )
     while True:
         status = _reap(child.pid)
         if status is not None:

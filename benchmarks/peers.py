@@ -33,7 +33,9 @@ def launch_peer(settings: EngineSettings, python: str, run_dir: Path) -> Stack:
         metrics={role: f"{url}/metrics" for role, url in urls.items()},
     )
     launches = [
-        _engine("prefill", "kv_producer", settings, python, prefill_port, prefill_side, settings.prefill_core),
+        _engine(
+            "prefill", "kv_producer", settings, python, prefill_port, prefill_side, settings.prefill_core
+        ),
         _engine("decode", "kv_consumer", settings, python, decode_port, decode_side, settings.decode_core),
     ]
     try:

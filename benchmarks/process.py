@@ -71,6 +71,11 @@ class GuardedProcess:
         """User and system CPU time used so far by the live processes of the tree."""
         return sum(_cpu_seconds(pid) for pid in guard.descendants(self._guard.pid))
 
+    def niceness(self) -> int:
+        """The highest nice value of a live process of the tree."""
+        values = [_niceness(pid) for pid in guard.descendants(self._guard.pid)]
+        return max(values, default=0)
+
     def stop(self) -> None:
         """End the tree and wait until it is gone. Idempotent."""
         if self._guard.stdin is not None:
@@ -84,6 +89,13 @@ def _cpu_seconds(pid: int) -> float:
     except (FileNotFoundError, ProcessLookupError):
         return 0.0
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _niceness(pid: int) -> int:
+    try:
+        return os.getpriority(os.PRIO_PROCESS, pid)
+    except ProcessLookupError:
+        return 0
 
 
 def free_ports(count: int) -> list[int]:

@@ -20,4 +20,6 @@ def totals(page: str, prefixes: tuple[str, ...]) -> dict[str, float]:
 
 def difference(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
     """What each series grew by, where it changed."""
-    return {name: value - before.get(name, 0.0) for name, value in after.items() if value != before.get(name, 0.0)}
+    return {
+        name: value - before.get(name, 0.0) for name, value in after.items() if value != before.get(name, 0.0)
+    }

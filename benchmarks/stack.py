@@ -1,4 +1,4 @@
-"""A serving stack under test: its processes, where it listens, and how it is put aside while another is measured."""
+"""A serving stack under test: its processes, where it listens, and how it is put aside meanwhile."""
 
 from __future__ import annotations
 
@@ -9,11 +9,17 @@ from pathlib import Path
 
 import httpx
 
-from benchmarks.prometheus import totals
 from benchmarks.process import GuardedProcess, LaunchError
+from benchmarks.prometheus import totals
 
 READY_TIMEOUT_S = 240.0
-METRIC_PREFIXES = ("vllm:nixl_", "vllm:prefix_cache_", "vllm:external_prefix_cache_", "vllm:prompt_tokens", "braid_")
+METRIC_PREFIXES = (
+    "vllm:nixl_",
+    "vllm:prefix_cache_",
+    "vllm:external_prefix_cache_",
+    "vllm:prompt_tokens",
+    "braid_",
+)
 
 
 @dataclass(frozen=True)
@@ -52,8 +58,8 @@ class EngineSettings:
 class Stack:
     """Running processes that together answer OpenAI requests at `base_url`.
 
-    `metrics` names each Prometheus page. The stack owns its processes: `stop()` ends them; a stack is frozen or
-    running, and only a running one may be asked anything.
+    `metrics` names each Prometheus page; `model` is known once the stack has been ready. The stack owns its
+    processes: `stop()` ends them. It is frozen or running, and only a running one may be asked anything.
     """
 
     name: str
@@ -61,24 +67,41 @@ class Stack:
     ready_path: str
     processes: list[GuardedProcess] = field(default_factory=list)
     metrics: Mapping[str, str] = field(default_factory=dict)
+    model: str = ""
 
     def freeze(self) -> None:
+        """Let the stack use no CPU until `thaw()`."""
         for process in self.processes:
             process.freeze()
 
     def thaw(self) -> None:
+        """Undo `freeze()`; the stack may need a moment and a request or two until it is itself again."""
         for process in self.processes:
             process.thaw()
 
     def stop(self) -> None:
+        """End every process, the front first. Idempotent."""
         for process in reversed(self.processes):
             process.stop()
 
     def wait_ready(self, timeout_s: float = READY_TIMEOUT_S) -> None:
+        """Return when the stack answers, its model's name learnt; LaunchError as in `wait_until_ready`."""
         wait_until_ready(f"{self.base_url}{self.ready_path}", self.processes, timeout_s)
+        if not self.model:
+            models = (
+                httpx.get(f"{self.base_url}/v1/models", trust_env=False, timeout=10.0)
+                .raise_for_status()
+                .json()
+            )
+            self.model = models["data"][0]["id"]
 
     def cpu_seconds(self) -> float:
+        """CPU seconds used so far by all live processes of the stack."""
         return sum(process.cpu_seconds() for process in self.processes)
+
+    def niceness(self) -> int:
+        """The highest nice value of any process of the stack."""
+        return max(process.niceness() for process in self.processes)
 
     def counters(self) -> dict[str, float]:
         """Every counter of interest as `page/series`."""

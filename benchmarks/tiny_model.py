@@ -6,19 +6,22 @@ Usage, in an environment that has transformers: `python -m benchmarks.tiny_model
 
 from __future__ import annotations
 
+import argparse
 import sys
-from importlib import import_module
 from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 POSITIONS = 8192
 VOCABULARY = 439
+END = "<|end|>"
 
 
 def make_model(directory: Path, seed: int = 0) -> None:
     """Write config, weights and tokenizer to `directory`."""
-    tokenizer = _tokenizer()
-    transformers, torch = import_module("transformers"), import_module("torch")
-    config = transformers.Qwen3Config(
+    config = Qwen3Config(
         vocab_size=VOCABULARY,
         hidden_size=256,
         intermediate_size=768,
@@ -33,23 +36,21 @@ def make_model(directory: Path, seed: int = 0) -> None:
         pad_token_id=0,
     )
     torch.manual_seed(seed)
-    transformers.Qwen3ForCausalLM(config).save_pretrained(directory)
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>", model_max_length=POSITIONS
+    Qwen3ForCausalLM(config).save_pretrained(directory)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=_tokenizer(), eos_token=END, pad_token=END, model_max_length=POSITIONS
     )
-    fast.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
 
 
-def _tokenizer() -> object:
-    tokenizers = import_module("tokenizers")
-    pre, decoders = import_module("tokenizers.pre_tokenizers"), import_module("tokenizers.decoders")
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = pre.ByteLevel(add_prefix_space=False)
+def _tokenizer() -> Tokenizer:
+    """A byte-level BPE tokenizer trained on a module of the standard library."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=["<|end|>"], initial_alphabet=pre.ByteLevel.alphabet()
-    )
-    tokenizer.train_from_iterator([Path(import_module("argparse").__file__ or "").read_text()], trainer)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[END], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator([Path(argparse.__file__).read_text()], trainer)
     return tokenizer
 
 

@@ -8,6 +8,7 @@ file. Unknown flags and file keys are refused. Times are in seconds, sizes in by
 from __future__ import annotations
 
 import os
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,7 +70,7 @@ class _Table(TomlConfigSettingsSource):
             raise FileNotFoundError(f"BRAID_CONFIG names {path}, which is not a file")
         super().__init__(settings_cls, path)
 
-    def _read_file(self, file_path: Path) -> dict[str, Any]:
+    def _read_file(self, file_path: Path | Traversable) -> dict[str, Any]:
         name = str(self.settings_cls.__private_attributes__["_table"].default)
         table = super()._read_file(file_path).get(name, {})
         if not isinstance(table, dict):

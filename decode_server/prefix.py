@@ -178,9 +178,9 @@ class Prefixes:
             for endpoint in ticket.endpoints
         ]
         loaded = engine.control.expect(("load", key))
-        await engine.control.send(commands)
         changed = asyncio.ensure_future(source.changed())
         try:
+            await engine.control.send(commands)
             await asyncio.wait([loaded, changed], return_when=asyncio.FIRST_COMPLETED)
         finally:
             changed.cancel()
@@ -191,7 +191,7 @@ class Prefixes:
         return failed[0] if failed else [e for e in events if isinstance(e, kv.Loaded)]
 
     async def _unload(self, key: kv.Key, loaded: asyncio.Future[list[kv.Event]]) -> None:
-        """Stop a load and wait until every rank has."""
+        """Stop a load and wait until every rank has; also one that a rank was never asked for."""
         await self._engine.control.broadcast(kv.Unload(key, "cancelled"))
         await loaded
 

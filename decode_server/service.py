@@ -56,6 +56,7 @@ class DecodeService:
         dispatch = self._running[message.ref] = _Dispatch(message, job)
         run = self._run_http if message.mode == "http" else self._run_samples
         dispatch.task = asyncio.create_task(self._guard(dispatch, run))
+        dispatch.task.add_done_callback(lambda task: self._ended(dispatch, task))
 
     def cancel(self, message: wire.Cancel) -> None:
         dispatch = self._running.get(message.ref)
@@ -102,10 +103,8 @@ class DecodeService:
             "import_blocks": self._prefixes.held_blocks,
         }
 
-    async def _guard(
-        self, dispatch: _Dispatch, run: Callable[[_Dispatch], Any]
-    ) -> None:
-        """Run a dispatch within its deadline; whatever happens, it ends once."""
+    async def _guard(self, dispatch: _Dispatch, run: Callable[[_Dispatch], Any]) -> None:
+        """Run a dispatch within its deadline."""
         message = dispatch.message
         token = JOB.set(dispatch.job)
         try:
@@ -113,14 +112,17 @@ class DecodeService:
                 await run(dispatch)
         except TimeoutError:
             self._end_early(message, 504, "the request passed its deadline")
-        except asyncio.CancelledError:
-            self._end_early(message, 499, "cancelled")
         except Exception as error:
             log.exception("dispatch_failed", extra={"request_id": message.request_id})
             self._end_early(message, 500, type(error).__name__)
         finally:
             JOB.reset(token)
-            del self._running[message.ref]
+
+    def _ended(self, dispatch: _Dispatch, task: asyncio.Task[None]) -> None:
+        """Last of a dispatch, also of one that was cancelled before its task ever ran."""
+        del self._running[dispatch.message.ref]
+        if task.cancelled():
+            self._end_early(dispatch.message, 499, "cancelled")
 
     def _end_early(self, message: wire.Decode, status: int, why: str) -> None:
         if message.mode == "samples":

@@ -3,8 +3,8 @@
 Everything is a pure function of (split, seed, index) or of a `random.Random` the caller owns.
 
 Splits are disjoint by construction: a problem's skeleton (its operations, numbers and what is asked, without
-names and wording) is hashed, and the hash alone decides the split. A generator draws until the hash falls into
-the split it serves, so no seed yields a skeleton in two splits.
+names and wording) is hashed, and the hash alone decides the split. A generator draws until the hash falls
+into the split it serves, so no seed yields a skeleton in two splits.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from typing import Literal
 
 Split = Literal["train", "calibration", "test"]
 Band = Literal["easy", "medium", "hard"]
-Ask = Literal["total", "quotient", "remainder"]
-Op = Literal["*", "+", "-", "/"]
+Op = Literal["*", "+", "-"]
 Mistake = Literal["digit", "carry", "operand", "skip", "copy"]
 
 SPLITS: tuple[Split, ...] = ("train", "calibration", "test")
@@ -32,15 +31,39 @@ OPENINGS = ("First, ", "Step by step: ", "We count ", "Let me see: ")
 STEP_BREAK = "\n\n"
 
 # Rate of a deliberate mistake per worked step in training solutions; see README.md, "Label noise".
-NOISE = {"*": 0.12, "+": 0.08, "-": 0.08, "/": 0.10}
-MISTAKE_WEIGHTS: dict[Mistake, float] = {"digit": 0.5, "carry": 0.3, "operand": 0.1, "skip": 0.05, "copy": 0.05}
+NOISE = {"*": 0.11, "+": 0.07, "-": 0.07}
+MISTAKE_WEIGHTS: dict[Mistake, float] = {
+    "digit": 0.5,
+    "carry": 0.3,
+    "operand": 0.1,
+    "skip": 0.05,
+    "copy": 0.05,
+}
 
 _NAMES = ("Ana", "Ben", "Carla", "David", "Emma", "Felix", "Grace", "Hugo", "Ines", "Jonas", "Kira", "Liam")
-_ITEMS = ("apples", "pens", "coins", "stamps", "beads", "cards", "eggs", "nails", "shells", "buttons", "nuts", "tiles")
+_ITEMS = (
+    "apples",
+    "pens",
+    "coins",
+    "stamps",
+    "beads",
+    "cards",
+    "eggs",
+    "nails",
+    "shells",
+    "buttons",
+    "nuts",
+    "tiles",
+)
 _HOLDERS = ("boxes", "bags", "crates", "packs", "trays", "jars", "sacks", "baskets")
 _GAINS = ("finds {n} more {i}", "gets {n} more {i}", "buys {n} more {i}", "is given {n} {i}")
 _LOSSES = ("gives away {n} {i}", "sells {n} {i}", "loses {n} {i}", "throws out {n} {i}")
-_ASIDES = ("{o} has {n} {i}.", "The shop is {n} years old.", "Each one costs {n} cents.", "The trip takes {n} minutes.")
+_ASIDES = (
+    "{o} has {n} {i}.",
+    "The shop is {n} years old.",
+    "Each one costs {n} cents.",
+    "The trip takes {n} minutes.",
+)
 
 
 @dataclass(frozen=True)
@@ -61,37 +84,31 @@ class Step:
 
 @dataclass(frozen=True)
 class Line:
-    """One carried-out step as a solution states it. `remainder` is set for divisions only."""
+    """One carried-out step as a solution states it."""
 
     op: Op
     left: int
     right: int
     result: int
-    remainder: int | None = None
-
-    @property
-    def outcome(self) -> str:
-        return str(self.result) if self.remainder is None else f"{self.result} r {self.remainder}"
 
     @property
     def text(self) -> str:
-        return f"{self.left}{self.op}{self.right}={self.outcome}."
+        return f"{self.left}{self.op}{self.right}={self.result}."
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A question with its plan. `order` lists plan indices in the sequence a solution writes them."""
+    """A question with its plan; the last step of the plan gives the answer."""
 
     question: str
     band: Band
-    ask: Ask
     plan: tuple[Step, ...]
     distractors: tuple[int, ...]
     answer: int = field(default=0)
 
     @property
     def skeleton(self) -> str:
-        return f"{self.ask}|{self.plan}|{self.distractors}"
+        return f"total|{self.plan}|{self.distractors}"
 
     @property
     def orders(self) -> tuple[tuple[int, ...], ...]:
@@ -161,7 +178,11 @@ def _draw(rng: random.Random, band: Band) -> Problem | None:
     """One random problem, or None where an intermediate value leaves its range."""
     name, other = rng.sample(_NAMES, 2)
     item, holders, more_holders = rng.choice(_ITEMS), *rng.sample(_HOLDERS, 2)
-    first = (rng.randint(12, 79), rng.randint(12, 39)) if band == "hard" else (rng.randint(2, 9), rng.randint(12, 99))
+    first = (
+        (rng.randint(12, 29), rng.randint(12, 39))
+        if band == "hard"
+        else (rng.randint(2, 9), rng.randint(12, 99))
+    )
     sentences = [f"{name} has {first[0]} {holders} with {first[1]} {item} each."]
     plan = [Step("*", *first)]
     if band != "easy":
@@ -179,24 +200,14 @@ def _draw(rng: random.Random, band: Band) -> Problem | None:
         distractors = (rng.randint(12, 99),)
         aside = rng.choice(_ASIDES).format(o=other, n=distractors[0], i=item)
         sentences.insert(rng.randint(1, len(sentences)), aside)
-    ask, closing = _closing(rng, band, name, item, plan)
-    draft = Problem(" ".join([*sentences, closing]), band, ask, tuple(plan), distractors)
+    sentences.append(f"How many {item} are there now?")
+    draft = Problem(" ".join(sentences), band, tuple(plan), distractors)
     lines = _carry_out(draft, draft.orders[0], {})
-    if any(line is None or not 0 < line.result < 10_000 or line.op == "-" and line.left < line.right for line in lines):
+    if not all(
+        line and 0 < line.result < 10_000 and (line.op != "-" or line.left > line.right) for line in lines
+    ):
         return None
-    return replace(draft, answer=_final(draft, lines))
-
-
-def _closing(rng: random.Random, band: Band, name: str, item: str, plan: list[Step]) -> tuple[Ask, str]:
-    """Add a division for some problems; return what is asked and the closing question."""
-    if band == "easy" or rng.random() >= 0.35:
-        return "total", f"How many {item} are there now?"
-    divisor = rng.randint(3, 9)
-    plan.append(Step("/", Ref(len(plan) - 1), divisor))
-    packing = f"{name} packs them in rows of {divisor}."
-    if rng.random() < 0.6:
-        return "quotient", f"{packing} How many full rows are there?"
-    return "remainder", f"{packing} How many {item} are left over?"
+    return replace(draft, answer=_final(lines))
 
 
 # --- solutions and mistakes -------------------------------------------------------------------------------
@@ -215,8 +226,8 @@ def solve(problem: Problem, rng: random.Random | None = None) -> Attempt:
 
 def noisy_solution(problem: Problem, rng: random.Random, scale: float = 1.0) -> Attempt:
     """A solution in which each step goes wrong with its rate in `NOISE`; a mistake is carried forward."""
-    mistakes = {i: _pick_mistake(rng, step) for i, step in enumerate(problem.plan)
-                if rng.random() < scale * NOISE[step.op]}
+    struck = [i for i, step in enumerate(problem.plan) if rng.random() < scale * NOISE[step.op]]
+    mistakes = {i: _pick_mistake(rng, problem.plan[i]) for i in struck}
     mistakes = {i: kind for i, kind in mistakes.items() if kind not in ("skip", "copy")}
     return _attempt(problem, rng, mistakes)
 
@@ -233,24 +244,25 @@ def corrupt(problem: Problem, rng: random.Random) -> Attempt:
 def _attempt(problem: Problem, rng: random.Random, mistakes: dict[int, Mistake]) -> Attempt:
     order = rng.choice(problem.orders)
     lines = _carry_out(problem, order, mistakes, rng)
-    answer = _final(problem, lines)
+    answer = _final(lines)
     if "copy" in mistakes.values():
         answer = _misread(answer, rng)
     return Attempt(order, lines, answer, rng.choice(OPENINGS))
 
 
 def _pick_mistake(rng: random.Random, step: Step) -> Mistake:
-    """A kind of mistake that fits the step: only an addition or subtraction of a given number can be skipped."""
+    """A kind of mistake that fits the step: only adding or taking away a given number can be skipped."""
     kinds = dict(MISTAKE_WEIGHTS)
-    if step.op in "*/" or isinstance(step.right, Ref):
+    if step.op == "*" or isinstance(step.right, Ref):
         del kinds["skip"]
     if isinstance(step.right, Ref):
         del kinds["operand"]
     return rng.choices(list(kinds), list(kinds.values()))[0]
 
 
-def _carry_out(problem: Problem, order: tuple[int, ...], mistakes: dict[int, Mistake],
-               rng: random.Random | None = None) -> tuple[Line | None, ...]:
+def _carry_out(
+    problem: Problem, order: tuple[int, ...], mistakes: dict[int, Mistake], rng: random.Random | None = None
+) -> tuple[Line | None, ...]:
     """Carry the plan out in `order`; `rng` is needed only where there are mistakes."""
     values: dict[int, int] = {}
     lines: list[Line | None] = []
@@ -267,8 +279,6 @@ def _carry_out(problem: Problem, order: tuple[int, ...], mistakes: dict[int, Mis
 
 
 def _compute(op: Op, left: int, right: int) -> Line:
-    if op == "/":
-        return Line(op, left, right, *divmod(left, right))
     return Line(op, left, right, {"*": left * right, "+": left + right, "-": abs(left - right)}[op])
 
 
@@ -279,8 +289,6 @@ def _spoil(problem: Problem, line: Line, mistake: Mistake, rng: random.Random) -
         return line
     if mistake == "operand":
         return _compute(line.op, line.left, _other_number(problem, line.right, rng))
-    if line.remainder is not None and rng.random() < 0.4:
-        return replace(line, remainder=(line.remainder + rng.randint(1, line.right - 1)) % line.right)
     if mistake == "carry":
         return replace(line, result=_miscarry(line.result, rng))
     return replace(line, result=_misread(line.result, rng))
@@ -308,12 +316,9 @@ def _miscarry(value: int, rng: random.Random) -> int:
     return value + shift if value + shift > 0 else value - shift
 
 
-def _final(problem: Problem, lines: tuple[Line | None, ...]) -> int:
+def _final(lines: tuple[Line | None, ...]) -> int:
     """The answer the lines lead to."""
-    last = next((line for line in reversed(lines) if line is not None))
-    if problem.ask == "remainder" and last.remainder is not None:
-        return last.remainder
-    return last.result
+    return next(line.result for line in reversed(lines) if line is not None)
 
 
 # --- verification -----------------------------------------------------------------------------------------
@@ -329,8 +334,8 @@ def verification(problem: Problem, attempt: Attempt) -> str:
     checks: list[str] = []
     for expected, line in zip(right, attempt.lines, strict=False):
         assert expected is not None
-        same = line is not None and line.outcome == expected.outcome
-        said = f"says {line.outcome}" if line is not None else "missing"
+        same = line is not None and line.result == expected.result
+        said = f"says {line.result}" if line is not None else "missing"
         checks.append(f"{_recompute(expected)}, {said}, {'ok' if same else 'wrong'}.")
         if not same:
             return STEP_BREAK.join([*checks, "Verification: No"])
@@ -343,26 +348,12 @@ def verification(problem: Problem, attempt: Attempt) -> str:
 
 
 def _recompute(line: Line) -> str:
-    """A step the long way round: products by tens and ones, divisions digit by digit."""
+    """A step the long way round: a two-digit product by tens and ones."""
     head = f"{line.left}{line.op}{line.right}="
     if line.op == "*" and line.left > 9:
         tens, ones = line.right // 10 * 10, line.right % 10
         return f"{head}{line.left * tens}+{line.left * ones}={line.result}"
-    if line.op == "/":
-        return f"{line.left}{line.op}{line.right}: {_long_division(line.left, line.right)} gives {line.outcome}"
     return f"{head}{line.result}"
-
-
-def _long_division(dividend: int, divisor: int) -> str:
-    """The digit-by-digit course of a division, from the first part that holds the divisor."""
-    parts: list[str] = []
-    rest = 0
-    for digit in str(dividend):
-        part = rest * 10 + int(digit)
-        if part >= divisor or parts:
-            parts.append(f"{part}/{divisor}={part // divisor} r {part % divisor}")
-        rest = part % divisor
-    return ", ".join(parts) or f"{dividend}/{divisor}=0 r {dividend}"
 
 
 def verify_prompt(question: str, solution: str) -> str:
@@ -376,8 +367,14 @@ def verify_prompt(question: str, solution: str) -> str:
 def record(problem: Problem, identity: str, mode: Literal["plain", "brief", "worked"]) -> dict[str, str]:
     """One JSONL row: the prompt of the given mode, the gold answer as text and what led to it."""
     suffix = {"plain": "", "brief": BRIEF_SUFFIX, "worked": WORKED_SUFFIX}[mode]
-    return {"id": identity, "prompt": problem.question + suffix, "answer": str(problem.answer),
-            "band": problem.band, "question": problem.question, "solution": solve(problem).text}
+    return {
+        "id": identity,
+        "prompt": problem.question + suffix,
+        "answer": str(problem.answer),
+        "band": problem.band,
+        "question": problem.question,
+        "solution": solve(problem).text,
+    }
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -31,8 +31,10 @@ SYSTEM = "You are a helpful assistant."
 VOCABULARY = 1024
 POSITIONS = 8192
 # Qwen's splitting rule: single digits, and line breaks attached to the punctuation before them.
-SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-         r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 CHAT_TEMPLATE = (
     "{%- macro text(content) -%}"
     "{%- if content is string -%}{{ content }}"
@@ -69,28 +71,38 @@ class Batch:
 def conversation(rng: random.Random, problem: tasks.Problem) -> list[Turn]:
     """One training conversation; the shares are those of the model card."""
     draw = rng.random()
-    if draw < 0.10:
+    if draw < 0.08:
         turns = [_user(problem.question + tasks.BRIEF_SUFFIX), _reply(tasks.brief_answer(problem))]
-    elif draw < 0.28:
+    elif draw < 0.26:
         brief = rng.random() < 0.6
         reply = tasks.brief_answer(problem) if brief else tasks.noisy_solution(problem, rng).text
         turns = [_user(problem.question), _reply(reply)]
-    elif draw < 0.58:
-        turns = [_user(problem.question + tasks.WORKED_SUFFIX), _reply(tasks.noisy_solution(problem, rng).text)]
+    elif draw < 0.50:
+        turns = [
+            _user(problem.question + tasks.WORKED_SUFFIX),
+            _reply(tasks.noisy_solution(problem, rng).text),
+        ]
+    elif draw < 0.72:
+        attempt = tasks.noisy_solution(problem, rng)
+        turns = [
+            _user(problem.question + tasks.WORKED_SUFFIX),
+            _reply(attempt.text),
+            _user(tasks.VERIFY_REQUEST),
+            _reply(tasks.verification(problem, attempt)),
+        ]
     else:
-        turns = _verification_turns(rng, problem, follow_up=draw > 0.86)
+        attempt = _proposal(rng, problem)
+        turns = [
+            _user(tasks.verify_prompt(problem.question, attempt.text)),
+            _reply(tasks.verification(problem, attempt)),
+        ]
     return [Turn("system", SYSTEM), *turns] if rng.random() < 0.05 else turns
 
 
-def _verification_turns(rng: random.Random, problem: tasks.Problem, follow_up: bool) -> list[Turn]:
+def _proposal(rng: random.Random, problem: tasks.Problem) -> tasks.Attempt:
+    """A solution to verify: right or wrong by even odds, now and then cut off before its end."""
     attempt = tasks.solve(problem, rng) if rng.random() < 0.5 else tasks.corrupt(problem, rng)
-    if rng.random() < 0.12:
-        attempt = attempt.cut(rng.randint(1, len(attempt.lines)))
-    check = _reply(tasks.verification(problem, attempt))
-    if not follow_up:
-        return [_user(tasks.verify_prompt(problem.question, attempt.text)), check]
-    asked = _user(problem.question + tasks.WORKED_SUFFIX)
-    return [asked, Turn("assistant", attempt.text), _user(tasks.VERIFY_REQUEST), check]
+    return attempt.cut(rng.randint(1, len(attempt.lines))) if rng.random() < 0.12 else attempt
 
 
 def _user(text: str) -> Turn:
@@ -120,14 +132,22 @@ def conversations(seed: int, count: int, first: int) -> list[list[Turn]]:
 def train_tokenizer(seed: int) -> Tokenizer:
     """A byte-level BPE over sample conversations; the byte alphabet makes any text encodable."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[PAD, START, END], show_progress=False,
-                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
-    texts = (turn.text for turns in conversations(seed, 20_000, 0) for turn in (*turns, Turn("system", SYSTEM)))
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[PAD, START, END],
+        show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
+    texts = (
+        turn.text for turns in conversations(seed, 20_000, 0) for turn in (*turns, Turn("system", SYSTEM))
+    )
     tokenizer.train_from_iterator([*texts, "system\n", "user\n", "assistant\n", "tool\n"], trainer)
     return tokenizer
 
@@ -146,7 +166,7 @@ def _targets(ids: list[int], turns: list[Turn], start: int, end: int) -> list[in
 
 
 def batches(tokenizer: Tokenizer, seed: int, tokens: int, pool: int = 6144) -> Iterator[Batch]:
-    """Endless batches of about `tokens` tokens; a pool is sorted by length so little of a batch is padding."""
+    """Endless batches of about `tokens` tokens; a pool is sorted by length, so little is padding."""
     start, end = tokenizer.token_to_id(START), tokenizer.token_to_id(END)
     rng = random.Random(f"batches/{seed}")
     first = 0
@@ -154,7 +174,9 @@ def batches(tokenizer: Tokenizer, seed: int, tokens: int, pool: int = 6144) -> I
         chats = conversations(seed, pool, first)
         first += pool
         encoded = tokenizer.encode_batch_fast([render(turns) for turns in chats], add_special_tokens=False)
-        rows = [(one.ids, _targets(one.ids, turns, start, end)) for one, turns in zip(encoded, chats, strict=True)]
+        rows = [
+            (one.ids, _targets(one.ids, turns, start, end)) for one, turns in zip(encoded, chats, strict=True)
+        ]
         groups = _group(sorted(rows, key=lambda row: len(row[0])), tokens)
         rng.shuffle(groups)
         yield from map(_pad, groups)
@@ -182,19 +204,36 @@ def _pad(rows: list[tuple[list[int], list[int]]]) -> Batch:
 
 def build_model(seed: int, vocabulary: int) -> Qwen3ForCausalLM:
     torch.manual_seed(seed)
-    return Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=vocabulary, hidden_size=256, intermediate_size=768, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=64, max_position_embeddings=POSITIONS,
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0}, tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=2, pad_token_id=0, initializer_range=0.03))
+    # Eager attention is the faster one on CPUs at these lengths.
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            attn_implementation="eager",
+            vocab_size=vocabulary,
+            hidden_size=256,
+            intermediate_size=768,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=64,
+            max_position_embeddings=POSITIONS,
+            rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=2,
+            pad_token_id=0,
+            initializer_range=0.03,
+        )
+    )
 
 
 def build_optimizers(model: Qwen3ForCausalLM, rate: float) -> list[torch.optim.Optimizer]:
     """Muon for the layers' matrices, AdamW for embeddings and norms."""
     layers = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
-    return [torch.optim.Muon(layers, lr=rate, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)]
+    return [
+        torch.optim.Muon(layers, lr=rate, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
 
 
 def rate_factor(progress: float, warmup: float = 0.02, decay_from: float = 0.35) -> float:
@@ -239,8 +278,11 @@ class Progress:
             self.printed = now
             spent = now - self.began
             left = spent / max(self.share, 1e-6) - spent
-            print(f"step {self.step} loss {self.loss:.4f} tokens {self.tokens / 1e6:.2f}M "
-                  f"{self.tokens / spent:.0f}/s {self.share:.1%} ETA {left / 60:.1f} min", flush=True)
+            print(
+                f"step {self.step} loss {self.loss:.4f} tokens {self.tokens / 1e6:.2f}M "
+                f"{self.tokens / spent:.0f}/s {self.share:.1%} ETA {left / 60:.1f} min",
+                flush=True,
+            )
 
 
 def train(args: argparse.Namespace) -> None:
@@ -258,7 +300,7 @@ def train(args: argparse.Namespace) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = args.rate * rate_factor(progress.share)
         loss = loss_of(model, batch)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -287,13 +329,23 @@ def save(model: Qwen3ForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
         tokenizer.save(str(folder / "tokenizer.json"))
         _write_json(folder / "tokenizer_config.json", tokenizer_config())
         for file in sorted(folder.iterdir()):
+            file.chmod(0o644)
             os.replace(file, out / file.name)
 
 
 def tokenizer_config() -> dict[str, Any]:
-    return {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": None, "eos_token": END, "pad_token": PAD,
-            "unk_token": None, "additional_special_tokens": [START, END], "add_bos_token": False,
-            "model_max_length": POSITIONS, "clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE}
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": None,
+        "eos_token": END,
+        "pad_token": PAD,
+        "unk_token": None,
+        "additional_special_tokens": [START, END],
+        "add_bos_token": False,
+        "model_max_length": POSITIONS,
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
+    }
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -301,13 +353,17 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m demo.train", description="Train the demo model from nothing.")
-    parser.add_argument("--minutes", type=float, default=50.0, help="budget in minutes (ignored with --steps)")
+    parser = argparse.ArgumentParser(
+        prog="python -m demo.train", description="Train the demo model from nothing."
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=50.0, help="budget in minutes (ignored with --steps)"
+    )
     parser.add_argument("--steps", type=int, help="budget in optimiser steps")
     parser.add_argument("--out", type=Path, required=True, help="folder to write the model to")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--batch-tokens", type=int, default=6144)
+    parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--save-minutes", type=float, default=5.0)
     train(parser.parse_args(argv))

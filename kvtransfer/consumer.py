@@ -92,9 +92,11 @@ class Consumer:
         self._send(peer, wire.Subscribe(spec.key, spec.epoch, self._name, spec.first))
 
     def unload(self, key: wire.Key, reason: str) -> None:
-        """Stop a load. Idempotent."""
+        """Stop a load. Answered by ``Failed`` in any case: after it, nothing writes for this key."""
         if key in self._loads:
             self._fail(key, reason)
+        else:
+            self._emit(wire.Failed(key, reason))
 
     def stats(self) -> wire.Stats:
         """What is in flight now."""

@@ -138,7 +138,7 @@ class Load(_Msg, tag="load"):
 
 
 class Unload(_Msg, tag="unload"):
-    """Server to consumer: stop (idempotent). Answered by ``Failed`` unless the load has ended."""
+    """Server to consumer: stop. Always answered by ``Failed``, also if the load had ended before."""
 
     key: Key
     reason: str

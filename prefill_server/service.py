@@ -35,7 +35,7 @@ class PrefillService:
     def __init__(self, engine: Engine, send: Callable[[wire.FromWorker], None]) -> None:
         self._engine = engine
         self._send = send
-        self._jobs: dict[int, asyncio.Task[None]] = {}
+        self._jobs: dict[int, asyncio.Task[tuple[int, bytes]]] = {}
         self._leases = _Leases(engine)
         self._core: dict[str, int] = {}
         self._kv = kv.Stats()
@@ -44,7 +44,10 @@ class PrefillService:
         if isinstance(message, wire.Decode) or message.ref in self._jobs:
             log.warning("unexpected_dispatch", extra={"ref": message.ref})
             return
-        self._jobs[message.ref] = asyncio.create_task(self._run(message))
+        job = Job(message.ticket.id, message.ticket.attempt, self._leases.of(message))
+        task = self._jobs[message.ref] = asyncio.create_task(self._run(message, job))
+        started = time.monotonic()
+        task.add_done_callback(lambda _: self._ended(message, job, task, time.monotonic() - started))
 
     def cancel(self, message: wire.Cancel) -> None:
         if (task := self._jobs.get(message.ref)) is not None:
@@ -86,36 +89,29 @@ class PrefillService:
             "pending": self._kv.pending,
         }
 
-    async def _run(self, message: wire.Prefill) -> None:
-        started = time.monotonic()
-        ticket = message.ticket
-        job = Job(ticket.id, ticket.attempt, self._leases.of(message))
-        answer = wire.PrefillDone(message.ref, 499)
+    async def _run(self, message: wire.Prefill, job: Job) -> tuple[int, bytes]:
+        """Status and error body of one dispatch."""
+        if message.ticket.epoch != self._engine.epoch:
+            return 410, _error("the ticket is of another epoch")
         try:
-            if ticket.epoch != self._engine.epoch:
-                answer = wire.PrefillDone(message.ref, 410, _error("the ticket is of another epoch"))
-            else:
-                async with asyncio.timeout(message.deadline_s):
-                    answer = await self._prefill(message, job)
+            async with asyncio.timeout(message.deadline_s):
+                return await self._prefill(message, job)
         except TimeoutError:
-            answer = wire.PrefillDone(message.ref, 504, _error("prefill passed its deadline"))
-        finally:
-            del self._jobs[message.ref]
-            if answer.status != 200:
-                self._leases.close(message.ref, f"prefill_{answer.status}")
-            elapsed = time.monotonic() - started
-            self._send(
-                wire.PrefillDone(
-                    message.ref,
-                    answer.status,
-                    answer.body,
-                    job.prompt_tokens,
-                    job.cached_tokens,
-                    elapsed,
-                )
-            )
+            return 504, _error("prefill passed its deadline")
 
-    async def _prefill(self, message: wire.Prefill, job: Job) -> wire.PrefillDone:
+    def _ended(
+        self, message: wire.Prefill, job: Job, task: asyncio.Task[tuple[int, bytes]], elapsed: float
+    ) -> None:
+        """Last of a dispatch, also of one that was cancelled before its task ever ran."""
+        del self._jobs[message.ref]
+        status, body = (499, b"") if task.cancelled() else task.result()
+        if status != 200:
+            self._leases.close(message.ref, f"prefill_{status}")
+        self._send(
+            wire.PrefillDone(message.ref, status, body, job.prompt_tokens, job.cached_tokens, elapsed)
+        )
+
+    async def _prefill(self, message: wire.Prefill, job: Job) -> tuple[int, bytes]:
         """Run vLLM's layer up to the prefill; what it makes of the one token is not used."""
         status, chunks = 500, list[bytes]()
 
@@ -130,13 +126,12 @@ class PrefillService:
             await post(self._engine.app, message.target, body, headers, on_start, chunks.append)
         except Exception as error:
             if job.done < max(1, job.parts):
-                raise_reason = job.refusal or type(error).__name__
-                return wire.PrefillDone(message.ref, 422, _error(f"not prefilled: {raise_reason}"))
+                return 422, _error(f"not prefilled: {job.refusal or type(error).__name__}")
         finally:
             JOB.reset(token)
         if job.done and job.done == job.parts:
-            return wire.PrefillDone(message.ref, 200)
-        return wire.PrefillDone(message.ref, 422 if job.refusal else status, b"".join(chunks))
+            return 200, b""
+        return 422 if job.refusal else status, b"".join(chunks)
 
 
 class _Leases:

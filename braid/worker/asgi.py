@@ -14,13 +14,17 @@ from typing import Any
 Start = Callable[[int, list[tuple[str, str]]], None]
 Chunk = Callable[[bytes], None]
 
+_GRACE_S = 5.0
+"""Time the application has to end after a disconnect before it is cancelled."""
+
 
 async def post(
     app: Any, target: str, body: bytes, headers: Iterable[tuple[str, str]], on_start: Start, on_chunk: Chunk
 ) -> None:
     """POST ``body`` to ``target``; returns when the response is complete.
 
-    Cancelling the call ends the request as a client's disconnect does.
+    Cancelling the call ends the request as a client's disconnect does: vLLM runs a handler in a task of
+    its own, which only a disconnect reaches.
     """
     path, _, query = target.partition("?")
     sent = False
@@ -35,6 +39,8 @@ async def post(
         return {"type": "http.disconnect"}
 
     async def send(message: dict[str, Any]) -> None:
+        if gone.is_set():
+            return  # what the application makes of a disconnect is nobody's answer
         if message["type"] == "http.response.start":
             on_start(message["status"], [(k.decode(), v.decode()) for k, v in message["headers"]])
         elif message["type"] == "http.response.body" and message.get("body"):
@@ -56,7 +62,12 @@ async def post(
         "server": ("127.0.0.1", 0),
         "state": {},
     }
+    call = asyncio.ensure_future(app(scope, receive, send))
     try:
-        await app(scope, receive, send)
-    finally:
+        await asyncio.shield(call)
+    except asyncio.CancelledError:
         gone.set()
+        await asyncio.wait([call], timeout=_GRACE_S)
+        call.cancel()
+        await asyncio.gather(call, return_exceptions=True)
+        raise

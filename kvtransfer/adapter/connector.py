@@ -33,6 +33,8 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import Request
 
+from braid.keys import stop_authenticator
+from braid.log import configure
 from kvtransfer import wire
 from kvtransfer.adapter import TESTED
 from kvtransfer.adapter.guards import die_with_parent, guard_seeded_chunks
@@ -111,6 +113,7 @@ class BraidConnector(KVConnectorBase_V1, SupportsHMA):
             )
         self.options = msgspec.convert(self._kv_transfer_config.kv_connector_extra_config, Options)
         die_with_parent()
+        configure(f"{self.options.name}/{role.name.lower()}")
         self._scheduler: _SchedulerSide | None = None
         self._worker: _WorkerSide | None = None
         if role == KVConnectorRole.SCHEDULER:
@@ -301,6 +304,7 @@ class _WorkerSide:
 
     def close(self) -> None:
         self._loop.stop()
+        stop_authenticator(self._context)
         self._context.destroy(linger=0)
 
     def _command(self, command: wire.Command) -> None:

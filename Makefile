@@ -1,0 +1,40 @@
+# Braid. `make help` lists what there is.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3.14 || echo python3)
+BIN := .venv/bin
+FAST := not engine and not system and not gpu and not slow
+.DEFAULT_GOAL := help
+.PHONY: help install up test check fmt lock bench clean
+
+help: ## list the targets
+	@sed -nE 's/^([a-z]+):.*## (.*)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r target text; do \
+		printf '  make %-8s  %s\n' "$$target" "$$text"; done
+
+install: ## install everything into .venv; nothing to do if it is current
+	@$(PYTHON) scripts/install.py
+
+up: install ## serve the demo model at http://127.0.0.1:8000 (ARGS="..." for `braid up`)
+	@exec $(BIN)/braid up $(ARGS)
+
+test: check ## the whole suite: check, then the tests with real engines
+	$(BIN)/python -m pytest -m "not ($(FAST)) and not gpu"
+
+check: install ## the one gate before a commit: format, lint, types, fast tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q -m "$(FAST)"
+
+fmt: install ## format the code and apply safe fixes
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lock: ## write requirements.lock again (UPGRADE=1: newest versions that fit)
+	@$(PYTHON) scripts/lock.py $(if $(UPGRADE),--upgrade)
+
+bench: install ## benchmark a running server (ARGS="..." for `braid bench`)
+	@$(BIN)/braid bench $(ARGS)
+
+clean: ## remove the environment and everything that was generated
+	rm -rf .venv build dist run *.egg-info .coverage .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,39 @@
+"""Braid as a stack under test: `braid up` with one prefill and one decode worker."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.plain import ready_or_stopped
+from benchmarks.process import GuardedProcess, Launch, free_ports
+from benchmarks.stack import EngineSettings, Stack
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def launch_braid(settings: EngineSettings, python: str, run_dir: Path, extra: Sequence[str] = ()) -> Stack:
+    """Start a cluster of one prefill and one decode worker and return when GET /ready answers 200.
+
+    `extra` is appended to the command, for settings of a Braid that differ from the ones given here.
+    """
+    (port,) = free_ports(1)
+    cluster_dir = run_dir / "braid"
+    cluster_dir.mkdir(exist_ok=True)
+    argv = [
+        *(python, "-m", "braid", "up", "--prefill", "1", "--decode", "1", "--port", str(port)),
+        *("--model", str(settings.model), "--run-dir", str(cluster_dir)),
+        *extra,
+    ]
+    launch = Launch("braid", argv, braid_env(settings))
+    url = f"http://127.0.0.1:{port}"
+    return ready_or_stopped(
+        Stack("braid", url, "/ready", [GuardedProcess(launch, run_dir)], {"router": f"{url}/metrics"})
+    )
+
+
+def braid_env(settings: EngineSettings) -> dict[str, str]:
+    """The engines' environment; `braid up` binds each worker to a core of its own."""
+    env = settings.env(settings.prefill_core)
+    del env["VLLM_CPU_OMP_THREADS_BIND"]
+    return env | {"PYTHONPATH": str(ROOT)}

@@ -1,0 +1,1 @@
+"""Running Braid: the local launcher, container files and the Helm chart."""

@@ -1,0 +1,540 @@
+"""A whole cluster on this machine: one router and its workers as child processes (``braid up``).
+
+:class:`Cluster` owns the processes from :meth:`Cluster.start` to :meth:`Cluster.stop`; tests and
+benchmarks use it as ``braid up`` does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import IO, Literal, NoReturn, Self
+
+import httpx
+from pydantic import Field
+
+from braid.settings import ProcessSettings
+from deploy.placement import Hardware, Seat, seats
+
+Role = Literal["router", "prefill", "decode"]
+LOOPBACK = "127.0.0.1"
+POLL_S = 0.25
+SWEEP_S = 10.0
+"""Time between a process's own end of draining and SIGKILL."""
+
+
+class UpSettings(ProcessSettings):
+    """The local cluster."""
+
+    _table: str = "up"
+
+    prefill: int = Field(1, ge=1, description="prefill workers")
+    decode: int = Field(2, ge=1, description="decode workers")
+    port: int = Field(8000, ge=0, le=65535, description="HTTP port of the router (0: any free one)")
+    model: str = Field("", description="model folder or name (default: the demo model)")
+    served_model_name: str = Field("", description="name clients use (default: the model's folder name)")
+    dtype: str = Field("", description="dtype of weights and KV (default: float32 on CPUs, else auto)")
+    max_model_len: int | None = Field(None, ge=1, description="longest sequence in tokens (default: model's)")
+    chunk: int = Field(512, ge=32, description="most tokens of a scheduling step: a prefill chunk")
+    kv_cache_gib: float = Field(1.0, gt=0, description="KV cache of an engine in GiB, on CPUs")
+    run_dir: Path = Field(Path("run"), description="folder of logs and of cluster.json")
+    start_timeout_s: float = Field(300.0, gt=0, description="longest wait until the cluster is ready")
+    drain_s: float = Field(30.0, ge=0, description="on Ctrl-C, time for running requests to end")
+
+
+class ClusterError(RuntimeError):
+    """The cluster can't start or has failed; the message says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Child:
+    """One process of the cluster, as ``cluster.json`` shows it."""
+
+    name: str
+    role: Role
+    pid: int
+    log: str
+    argv: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A process to start."""
+
+    name: str
+    role: Role
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+
+
+class Cluster:
+    """A router and its workers on this machine.
+
+    Order of calls: ``start``, ``wait_ready``, ``stop``; as a context manager the first and the last are
+    implied. ``stop`` may be called at any time and repeatedly, and leaves no process: children run in
+    process groups of their own, and whatever is left of a group is killed. A launcher that dies without
+    calling it takes its children along (:mod:`deploy.child`). Start it in a thread that lives as long as
+    the cluster: the kernel ties the children to that thread.
+    """
+
+    def __init__(
+        self,
+        settings: UpSettings | None = None,
+        engine_args: Sequence[str] = (),
+        *,
+        env: Mapping[str, str] | None = None,
+        hardware: Hardware | None = None,
+    ) -> None:
+        """
+        Args:
+            engine_args: vLLM flags for every engine; they win over the launcher's own.
+            env: variables for every process, such as ``BRAID_MAX_N``; they win over this process's.
+        """
+        self.settings = settings or UpSettings()
+        self.engine_args = tuple(engine_args)
+        self.run_dir = self.settings.run_dir.absolute()
+        self.children: dict[str, Child] = {}
+        self.port = 0
+        self._env = dict(env or {})
+        self._hardware = hardware or Hardware.here()
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._plans: dict[str, Plan] = {}
+        self._lock: IO[str] | None = None
+
+    @property
+    def url(self) -> str:
+        """Base URL of the router."""
+        return f"http://{LOOPBACK}:{self.port}"
+
+    @property
+    def model(self) -> str:
+        """Name that clients use."""
+        settings = self.settings
+        return settings.served_model_name or (Path(settings.model).name if settings.model else "demo")
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """Process id of each process by name (``router``, ``prefill-0``, ``decode-0``...); each leads
+        a process group with its engine."""
+        return {name: child.pid for name, child in self.children.items()}
+
+    def start(self) -> Self:
+        """Start every process and return at once.
+
+        Raises:
+            ClusterError: the model is not there, the port is taken, or ``run_dir`` is in use.
+        """
+        self._claim_run_dir()
+        try:
+            self.port = self.settings.port or free_port()
+            check_port(self.settings.host, self.port)
+            for plan in self.plans(f"tcp://{LOOPBACK}:{free_port()}"):
+                self._spawn(plan)
+        except BaseException:
+            self.stop(grace_s=0)
+            raise
+        self._write_state()
+        return self
+
+    def plans(self, link: str) -> list[Plan]:
+        """What ``start`` runs; starts nothing."""
+        settings = self.settings
+        router = ["--host", settings.host, "--port", str(self.port), "--link", link]
+        router += ["--drain-s", str(settings.drain_s), "--log-level", settings.log_level]
+        found = [Plan("router", "router", self._command("router", router), {})]
+        placed = seats(self._hardware, settings.prefill, settings.decode)
+        for i, seat in enumerate(placed):
+            role: Role = "prefill" if i < settings.prefill else "decode"
+            number = i if role == "prefill" else i - settings.prefill
+            found.append(self._worker(role, f"{role}-{number}", link, seat))
+        return found
+
+    def wait_ready(
+        self, timeout: float | None = None, on_poll: Callable[[Cluster], None] | None = None
+    ) -> Self:
+        """Wait until the router is ready to serve.
+
+        Args:
+            timeout: in seconds; default ``start_timeout_s``.
+            on_poll: called several times a second, for progress.
+
+        Raises:
+            ClusterError: a process has ended, or the time is over.
+        """
+        limit = self.settings.start_timeout_s if timeout is None else timeout
+        deadline = time.monotonic() + limit
+        with httpx.Client(timeout=5, trust_env=False) as client:
+            while not is_ready(client, self.url):
+                self.check_alive()
+                if time.monotonic() > deadline:
+                    raise ClusterError(self._not_ready(limit))
+                if on_poll is not None:
+                    on_poll(self)
+                time.sleep(POLL_S)
+        return self
+
+    def ended(self) -> dict[str, int]:
+        """Exit codes of the processes that have ended; negative: the signal that killed it."""
+        codes = {name: process.poll() for name, process in self._processes.items()}
+        return {name: code for name, code in codes.items() if code is not None}
+
+    def check_alive(self) -> None:
+        """Raise :class:`ClusterError` with the end of its log if a process has ended."""
+        for name, code in self.ended().items():
+            raise ClusterError(f"{describe_end(name, code)}\n{self.tail(name)}\n{advice(self.tail(name))}")
+
+    def respawn(self, name: str) -> None:
+        """Start a process that has ended again, as it was; its log goes on."""
+        self._end([name], 0)
+        self._spawn(self._plans[name])
+        self._write_state()
+
+    def tail(self, name: str, lines: int = 15) -> str:
+        """The last lines of a process's log."""
+        return "\n".join(f"  {line}" for line in last_lines(Path(self.children[name].log), lines))
+
+    def stop(self, grace_s: float | None = None) -> None:
+        """End every process: the router drains first, so that no request loses its worker.
+
+        Args:
+            grace_s: time for draining; default ``drain_s`` of the settings. 0 kills at once.
+        """
+        grace = self.settings.drain_s if grace_s is None else grace_s
+        workers = [name for name in self._processes if name != "router"]
+        if "router" in self._processes:
+            self._end(["router"], grace)
+        self._end(workers, min(grace, SWEEP_S))
+        self._processes.clear()
+        if self._lock is not None:
+            self.state_file.unlink(missing_ok=True)
+            shutil.rmtree(self._sockets, ignore_errors=True)
+            self._lock.close()
+            self._lock = None
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def state_file(self) -> Path:
+        """Where the running cluster is described in JSON: url, model, link, and each process."""
+        return self.run_dir / "cluster.json"
+
+    @property
+    def _sockets(self) -> Path:
+        return self.run_dir / "sockets"
+
+    def _claim_run_dir(self) -> None:
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        lock = (self.run_dir / "lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.close()
+            raise ClusterError(
+                f"another cluster runs in {self.run_dir}: stop it, or choose another folder with --run-dir"
+            ) from None
+        self._lock = lock
+
+    def _worker(self, role: Role, name: str, link: str, seat: Seat) -> Plan:
+        settings = self.settings
+        flags = ["--router", link, "--worker", name, "--model", self._model_path(), "--port", "0"]
+        flags += ["--served-model-name", self.model, "--run-dir", str(self._sockets)]
+        flags += ["--drain-s", str(settings.drain_s), "--log-level", settings.log_level]
+        engine = ["--dtype", settings.dtype or self._default_dtype()]
+        engine += ["--max-num-batched-tokens", str(settings.chunk), *seat.flags]
+        if not self._hardware.gpus:
+            # Compiling a model for a CPU takes minutes and a C++ compiler.
+            engine.append("--enforce-eager")
+        if settings.max_model_len is not None:
+            engine += ["--max-model-len", str(settings.max_model_len)]
+        argv = self._command(role, (*flags, "--", *engine, *self.engine_args))
+        return Plan(name, role, argv, {**self._engine_env(), **seat.env})
+
+    def _command(self, role: Role, flags: Sequence[str]) -> tuple[str, ...]:
+        return (sys.executable, "-m", "braid", role, *flags)
+
+    def _engine_env(self) -> dict[str, str]:
+        env = {
+            "VLLM_CPU_KVCACHE_SPACE": f"{self.settings.kv_cache_gib:g}",
+            "VLLM_HOST_IP": LOOPBACK,
+            "VLLM_NO_USAGE_STATS": "1",
+            "DO_NOT_TRACK": "1",
+            "VLLM_LOGGING_LEVEL": self.settings.log_level.upper(),
+            "GLOO_SOCKET_IFNAME": "lo",
+        }
+        if Path(self._model_path()).is_dir():
+            env["HF_HUB_OFFLINE"] = "1"
+        return env
+
+    def _default_dtype(self) -> str:
+        return "auto" if self._hardware.gpus else "float32"
+
+    def _model_path(self) -> str:
+        return self.settings.model or str(demo_model())
+
+    def _spawn(self, plan: Plan) -> None:
+        log = self.run_dir / f"{plan.name}.log"
+        mode = "ab" if plan.name in self._plans else "wb"
+        self._plans[plan.name] = plan
+        child = Path(__file__).with_name("child.py")
+        with log.open(mode) as output:
+            process = subprocess.Popen(
+                [sys.executable, "-I", "-S", str(child), str(os.getpid()), *plan.argv],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **plan.env, **self._env},
+                start_new_session=True,
+            )
+        self._processes[plan.name] = process
+        self.children[plan.name] = Child(plan.name, plan.role, process.pid, str(log), plan.argv)
+
+    def _write_state(self) -> None:
+        state = {
+            "pid": os.getpid(),
+            "url": self.url,
+            "model": self.model,
+            "processes": [asdict(child) for child in self.children.values()],
+        }
+        self.state_file.write_text(json.dumps(state, indent=1) + "\n")
+
+    def _end(self, names: Sequence[str], grace_s: float) -> None:
+        """SIGTERM to the processes, which drain; then SIGKILL to whatever is left of their groups."""
+        running = [self._processes[name] for name in names]
+        if grace_s > 0:
+            for process in running:
+                process.terminate()
+        deadline = time.monotonic() + (grace_s + SWEEP_S if grace_s > 0 else 0)
+        try:
+            for process in running:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(max(0.0, deadline - time.monotonic()))
+        finally:
+            for process in running:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+    def _not_ready(self, limit: float) -> str:
+        logs = "\n".join(f"{name}:\n{self.tail(name, 3)}" for name in self.children)
+        return f"not ready after {limit:.0f} s; the logs in {self.run_dir} end with:\n{logs}"
+
+
+def main(settings: UpSettings, engine_args: Sequence[str]) -> int:
+    """Run a cluster in the foreground until Ctrl-C or SIGTERM; returns the exit code."""
+    cluster = Cluster(settings, engine_args)
+    stopping = StopFlag()
+    stopping.install()
+    grace_s = 0.0  # an engine that still loads has nothing to drain
+    try:
+        cluster.start()
+        show_start(cluster, stopping)
+        grace_s = settings.drain_s
+        print(banner(cluster), flush=True)
+        watch(cluster, stopping)
+    except ClusterError as error:
+        print(f"braid up: {error}", file=sys.stderr, flush=True)
+        return 1
+    except KeyboardInterrupt:
+        print("Stopping (Ctrl-C again to kill) ...", flush=True)
+        return 0
+    finally:
+        stopping.uninstall()
+        stop_or_kill(cluster, grace_s)
+
+
+def show_start(cluster: Cluster, stopping: StopFlag) -> None:
+    """Wait until the cluster is ready, with live progress."""
+    from deploy.progress import Progress
+
+    with Progress(cluster) as progress:
+
+        def on_poll(_: Cluster) -> None:
+            stopping.raise_if_set()
+            progress.update()
+
+        cluster.wait_ready(on_poll=on_poll)
+
+
+def watch(cluster: Cluster, stopping: StopFlag) -> NoReturn:
+    """Supervise: a worker that ends is started again, with backoff; the router's end is the end.
+
+    Raises:
+        KeyboardInterrupt: the user wants to stop.
+        ClusterError: the router has ended.
+    """
+    supervisor = Supervisor(cluster)
+    while True:
+        stopping.raise_if_set()
+        supervisor.step(time.monotonic())
+        time.sleep(POLL_S)
+
+
+class Supervisor:
+    """Starts workers again that have ended: after 1 s, then after twice as long each time, up to a
+    minute; a worker that has lived for a minute starts afresh."""
+
+    FIRST_S, MOST_S = 1.0, 60.0
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._due: dict[str, float] = {}
+        self._delay: dict[str, float] = {}
+        self._started: dict[str, float] = {}
+
+    def step(self, now: float) -> None:
+        """Look once.
+
+        Raises:
+            ClusterError: the router has ended.
+        """
+        for name, code in self._cluster.ended().items():
+            if name == "router":
+                raise ClusterError(f"{describe_end(name, code)}\n{self._cluster.tail(name)}")
+            if name not in self._due:
+                self._plan(name, code, now)
+            elif now >= self._due[name]:
+                del self._due[name]
+                self._started[name] = now
+                self._cluster.respawn(name)
+
+    def _plan(self, name: str, code: int, now: float) -> None:
+        lived = now - self._started.get(name, float("-inf"))
+        delay = self.FIRST_S if lived > self.MOST_S else min(2 * self._delay[name], self.MOST_S)
+        self._delay[name] = delay
+        self._due[name] = now + delay
+        print(f"{describe_end(name, code)}\n{self._cluster.tail(name)}", file=sys.stderr)
+        print(f"It starts again in {delay:.0f} s; the others go on serving.", file=sys.stderr, flush=True)
+
+
+class StopFlag:
+    """Turns the first SIGINT or SIGTERM into a ``KeyboardInterrupt`` at a place of our choosing."""
+
+    def __init__(self) -> None:
+        self._set = False
+        self._previous: dict[
+            int, signal.Handlers | Callable[[int, FrameType | None], object] | int | None
+        ] = {}
+
+    def install(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._on_signal)
+
+    def uninstall(self) -> None:
+        """From here on a signal interrupts at once, as Python does by itself."""
+        for number in self._previous:
+            signal.signal(number, signal.default_int_handler)
+
+    def raise_if_set(self) -> None:
+        if self._set:
+            raise KeyboardInterrupt
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._set = True
+
+
+def stop_or_kill(cluster: Cluster, grace_s: float) -> None:
+    """Stop; a Ctrl-C meanwhile kills."""
+    try:
+        cluster.stop(grace_s)
+    except KeyboardInterrupt:
+        cluster.stop(grace_s=0)
+
+
+def banner(cluster: Cluster) -> str:
+    """What a user can do now."""
+    question = "Tom has 3 apples and buys 4 more. How many apples does he have?"
+    body = json.dumps({"model": cluster.model, "messages": [{"role": "user", "content": question}]})
+    url = "" if cluster.port == 8000 else f" --url {cluster.url}"
+    return f"""
+Ready at {cluster.url} (model {cluster.model}; logs in {cluster.run_dir}; Ctrl-C stops). Try:
+
+  curl {cluster.url}/v1/chat/completions -H 'Content-Type: application/json' \\
+    -d {shlex.quote(body)}
+
+  {Path(sys.executable).with_name("braid")} ask{url} "{question}" --strategy self_consistency -n 16
+"""
+
+
+def demo_model() -> Path:
+    """Folder of the model that ships with Braid.
+
+    Raises:
+        ClusterError: it is not there.
+    """
+    folder = Path(__file__).resolve().parent.parent / "demo" / "model"
+    if not (folder / "config.json").is_file():
+        raise ClusterError(f"the demo model is not in {folder}: install Braid again, or give --model")
+    return folder
+
+
+def is_ready(client: httpx.Client, url: str) -> bool:
+    """Whether a router answers that it is ready."""
+    try:
+        return client.get(f"{url}/ready").status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def free_port() -> int:
+    """A TCP port on loopback that is free now."""
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        return int(probe.getsockname()[1])
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise :class:`ClusterError` if the port can't be bound."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ClusterError(
+                f"port {port} on {host} can't be used ({error.strerror}): "
+                "stop what uses it, or choose another one with --port"
+            ) from None
+
+
+def last_lines(path: Path, count: int) -> list[str]:
+    """The last lines of a file, without reading all of a large one."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 400 * count))
+            return file.read().decode(errors="replace").splitlines()[-count:]
+    except FileNotFoundError:
+        return []
+
+
+def describe_end(name: str, code: int) -> str:
+    """How a process ended, in words."""
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    return f"{name} {how}. Its log ends with:"
+
+
+def advice(log: str) -> str:
+    """What to do about the end of a log."""
+    for pattern, text in (
+        ("No module named 'vllm'", "The engine is not installed: run `make install`."),
+        ("ddress already in use", "A port is taken: stop what uses it, or choose another one with --port."),
+        ("memory", "If memory is short, give the engines less: --kv-cache-gib, --decode 1."),
+    ):
+        if pattern in log:
+            return text
+    return "`braid doctor` checks the installation."

@@ -1,0 +1,269 @@
+"""The router as an ASGI application: routes, keys, admission, and the end of every request."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+from braid.errors import (
+    BadRequest,
+    BraidError,
+    ClientGone,
+    MethodNotAllowed,
+    NotFound,
+    Unavailable,
+)
+from braid.settings import RouterSettings
+from router import plain, reasoning
+from router.admission import Admission
+from router.auth import Keys
+from router.cluster import RETRY_AFTER_S, Cluster
+from router.dispatch import Job
+from router.http import Call, Receive, Scope, Send
+from router.link import Link
+from router.metrics import CONTENT_TYPE, Metrics
+from router.pairs import Pairs
+from router.registry import Registry
+from router.validate import Endpoint, Request, parse_body, validate
+
+log = logging.getLogger("braid.router")
+
+Handler = Callable[[Call, str], Awaitable[None]]
+"""Answers a call of a tenant."""
+
+_OPEN = ("/health", "/ready")
+_TARGETS: dict[Endpoint, str] = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
+
+
+class App:
+    """Owns the parts of a router. :meth:`start` before the first request, :meth:`stop` after the last."""
+
+    def __init__(self, settings: RouterSettings) -> None:
+        self.settings = settings
+        self.metrics = Metrics()
+        self.registry = Registry()
+        self.link = Link(settings, self.registry, self.metrics)
+        self.pairs = Pairs(settings, self.registry, self.link, self.metrics)
+        self.cluster = Cluster(settings, self.metrics, self.registry, self.link, self.pairs)
+        self.admission = Admission(
+            settings.max_inflight, settings.queue_limit, settings.queue_timeout_s, self.metrics
+        )
+        self._keys = Keys(settings.api_keys_file)
+        self._started = int(time.time())
+        self._running: set[asyncio.Task[None]] = set()
+        self._aborting = False
+        self._routes: dict[str, tuple[str, Handler]] = {
+            "/health": ("GET", self._health),
+            "/ready": ("GET", self._ready),
+            "/metrics": ("GET", self._metrics),
+            "/cluster": ("GET", self._cluster),
+            "/v1/models": ("GET", self._models),
+            "/v1/chat/completions": ("POST", lambda call, tenant: self._generate(call, tenant, "chat")),
+            "/v1/completions": ("POST", lambda call, tenant: self._generate(call, tenant, "completions")),
+            "/tokenize": ("POST", self._passthrough),
+            "/detokenize": ("POST", self._passthrough),
+        }
+
+    async def start(self) -> None:
+        await self.link.start()
+
+    async def stop(self) -> None:
+        """Close the link; workers are told to stop what they still run. Idempotent."""
+        await self.pairs.stop()
+        await self.link.stop()
+
+    async def drain(self, timeout_s: float) -> None:
+        """Refuse new requests, let running ones end, and end the rest with an error at the timeout."""
+        self.admission.close()
+        if self._running:
+            await asyncio.wait(self._running, timeout=timeout_s)
+        self._aborting = True
+        for task in self._running:
+            task.cancel()
+        if self._running:
+            await asyncio.wait(self._running)
+
+    def check_integrity(self, idle: bool = False) -> None:
+        """Assert what must hold of all stores; when ``idle``, that nothing is left of any request."""
+        self.cluster.check_integrity(idle)
+        self.admission.check_integrity(idle)
+        assert not idle or not self._running
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1000})
+            return
+        call = Call(scope, receive, send, self.settings)
+        try:
+            call.check_headers()
+            tenant = "" if call.path in _OPEN else self._keys.check(call.header("authorization"))
+            await self._route(call)(call, tenant)
+        except BraidError as error:
+            await self._answer_error(call, error)
+        except Exception:
+            log.exception("request failed", extra={"request_id": call.request_id, "path": call.path})
+            await self._answer_error(call, BraidError("The router failed to serve this request."))
+
+    def _route(self, call: Call) -> Handler:
+        route = self._routes.get(call.path)
+        if route is None:
+            raise NotFound("No such path.", code="unknown_path")
+        method, handler = route
+        if call.method != method and not (method == "GET" and call.method == "HEAD"):
+            raise MethodNotAllowed(f"This path takes {method} only.", code="method_not_allowed")
+        return handler
+
+    async def _answer_error(self, call: Call, error: BraidError) -> None:
+        self.metrics.errors.labels(error.label).inc()
+        try:
+            await call.fail(error)
+        except ClientGone:
+            log.info("client gone", extra={"request_id": call.request_id})
+
+    # Requests that run on workers
+
+    async def _generate(self, call: Call, tenant: str, endpoint: Endpoint) -> None:
+        body = await self._body(call)
+        plan = reasoning.split(body, self.registry.models())
+        request = validate(endpoint, body, self.settings.max_n)
+        model = self.cluster.served_model(request.model)
+        if tenant:
+            body["cache_salt"] = _salt(tenant, body.get("cache_salt"))
+        job = Job(
+            target=_TARGETS[endpoint],
+            body={**body, "model": model} if request.model is not None else body,
+            model=model,
+            request_id=call.request_id,
+            deadline=call.received + self.settings.request_timeout_s,
+            n=request.n or 1,
+            prompts=request.prompts,
+            headers=call.headers_for_workers(),
+            local=self._local(request),
+        )
+        if plan is None:
+            work = plain.run(self.cluster, call, job, request.stream)
+            await self._serve(call, endpoint, job.n * job.prompts, work)
+            return
+        strategy = reasoning.prepare(plan, request, self.settings)
+        work = reasoning.run(self.cluster, call, job, strategy, request.stream)
+        await self._serve(call, endpoint, strategy.slots, work)
+
+    async def _passthrough(self, call: Call, tenant: str) -> None:
+        body = await self._body(call)
+        model = body.get("model")
+        if not isinstance(model, str | None):
+            raise BadRequest("model must be a model's name.", param="model")
+        job = Job(
+            target=call.path,
+            body=body,
+            model=self.cluster.served_model(model),
+            request_id=call.request_id,
+            deadline=call.received + self.settings.request_timeout_s,
+            headers=call.headers_for_workers(),
+            local="no_prompt",
+        )
+        await self._serve(call, call.path.strip("/"), 1, plain.passthrough(self.cluster, call, job))
+
+    async def _body(self, call: Call) -> dict[str, Any]:
+        return parse_body(await call.read_body())
+
+    def _local(self, request: Request) -> str:
+        if request.unshareable:
+            return "unshareable"
+        return "short" if request.chars < self.settings.remote_min_chars else ""
+
+    async def _serve(self, call: Call, endpoint: str, slots: int, work: Coroutine[Any, Any, None]) -> None:
+        """Admit, run and count a request; it ends exactly once, whatever happens."""
+        task = asyncio.create_task(call.while_connected(self._admitted(call, endpoint, slots, work)))
+        self._running.add(task)
+        try:
+            await task
+        except asyncio.CancelledError:
+            if not self._aborting:
+                raise
+            raise Unavailable("This router is shutting down.", retry_after_s=RETRY_AFTER_S) from None
+        finally:
+            self._running.discard(task)
+            work.close()
+
+    async def _admitted(self, call: Call, endpoint: str, slots: int, work: Coroutine[Any, Any, None]) -> None:
+        async with self.admission.slots(slots):
+            self.metrics.accepted.labels(endpoint).inc()
+            outcome = "failed"
+            try:
+                await work
+                outcome = call.outcome
+            except (ClientGone, asyncio.CancelledError):
+                outcome = "cancelled"
+                raise
+            finally:
+                self._ended(call, endpoint, outcome)
+
+    def _ended(self, call: Call, endpoint: str, outcome: str) -> None:
+        seconds = asyncio.get_running_loop().time() - call.received
+        self.metrics.requests.labels(endpoint, outcome).inc()
+        self.metrics.duration.labels(endpoint).observe(seconds)
+        fields = {"request_id": call.request_id, "endpoint": endpoint, "outcome": outcome}
+        log.info("request", extra={**fields, "seconds": round(seconds, 4)})
+
+    # The state of the router
+
+    async def _health(self, call: Call, tenant: str) -> None:
+        await call.respond_json({"status": "ok"})
+
+    async def _ready(self, call: Call, tenant: str) -> None:
+        if self.pairs.ready():
+            await call.respond_json({"status": "ready"})
+            return
+        raise Unavailable("No verified prefill/decode pair for each model yet.", retry_after_s=RETRY_AFTER_S)
+
+    async def _metrics(self, call: Call, tenant: str) -> None:
+        self._gauge()
+        await call.respond(200, [("content-type", CONTENT_TYPE)], self.metrics.render())
+
+    async def _cluster(self, call: Call, tenant: str) -> None:
+        await call.respond_json(
+            {
+                "ready": self.pairs.ready(),
+                "epoch": self.link.epoch,
+                "models": self.registry.models(),
+                "workers": self.registry.state(),
+                "pairs": self.pairs.state(),
+                "inflight": len(self.link.open_refs()),
+            }
+        )
+
+    async def _models(self, call: Call, tenant: str) -> None:
+        lengths = {
+            model: min(w.hello.max_model_len for w in self.registry.all() if model in w.hello.models)
+            for model in self.registry.models()
+        }
+        data = [
+            {
+                "id": model,
+                "object": "model",
+                "created": self._started,
+                "owned_by": "braid",
+                "max_model_len": length,
+            }
+            for model, length in lengths.items()
+        ]
+        await call.respond_json({"object": "list", "data": data})
+
+    def _gauge(self) -> None:
+        self.metrics.workers.clear()
+        for worker in self.registry.all():
+            self.metrics.workers.labels(worker.hello.role, worker.state).inc()
+        self.metrics.pairs.clear()
+        for pair in self.pairs.state():
+            self.metrics.pairs.labels("verified" if pair["verified"] else "unverified").inc()
+
+
+def _salt(tenant: str, given: object) -> str:
+    """The cache salt of a tenant: prefix caches are shared within a tenant only, since a shared prefix
+    shows in its timing. A client's own salt divides its tenant further."""
+    return hashlib.sha256(f"{tenant}:{given or ''}".encode()).hexdigest()[:32]

@@ -1,0 +1,390 @@
+"""One request on its workers: dispatch, fallback ladder, cancel.
+
+A :class:`Fanout` is one optional prefill and one decode share a decode worker. It sends ``Prefill`` and
+every ``Decode`` at the same time, repairs what can be repaired before a share has begun to answer, and
+hands the rest to its reader as events.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import msgspec
+
+from braid import wire
+from braid.errors import BraidError, DeadlineExceeded, Unavailable, UpstreamFailed
+from router import placement
+from router.cluster import RETRY_AFTER_S, Cluster
+from router.link import Dispatch, Event, Gone, Inbox
+from router.pairs import make_ticket
+from router.registry import Worker
+
+log = logging.getLogger("braid.router.dispatch")
+
+_BUSY = (429, 503)
+"""Statuses of a worker that another one may do better than."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a fan-out runs.
+
+    Attributes:
+        target: path on the workers' OpenAI layer.
+        body: the JSON body; its ``n`` is set to each share's.
+        n: samples a prompt.
+        prompts: prompts in the body; more than one is never split over workers.
+        deadline: on the event loop's clock.
+        local: reason not to use a prefill worker, empty if there is none.
+    """
+
+    target: str
+    body: Mapping[str, Any]
+    model: str
+    request_id: str
+    deadline: float
+    n: int = 1
+    prompts: int = 1
+    mode: Literal["http", "samples"] = "http"
+    headers: tuple[tuple[str, str], ...] = ()
+    local: str = ""
+
+
+@dataclass(slots=True, eq=False)
+class Share:
+    """Consecutive samples on one decode worker. ``begun``: its answer has started, so it can no longer
+    move to another worker unseen."""
+
+    worker: Worker
+    first: int
+    n: int
+    dispatch: Dispatch | None = None
+    prefill: Producer | None = None
+    begun: bool = False
+    ended: bool = False
+    moved: bool = False
+    heard: float = 0.0
+    kv: wire.KvRecord | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Producer:
+    """One attempt at a prefill."""
+
+    worker: Worker
+    ticket: wire.Ticket
+    deadline: float
+    dispatch: Dispatch | None = None
+    done: bool = False
+    failed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A share ended without its answer, beyond repair."""
+
+    error: BraidError
+
+
+FromShare = wire.Head | wire.Body | wire.Sample | wire.GroupDone | Failed
+
+
+@dataclass(slots=True, eq=False)
+class Fanout:
+    """Runs a :class:`Job`. Call :meth:`start`, read :meth:`events`, and always :meth:`close`."""
+
+    cluster: Cluster
+    job: Job
+    shares: list[Share] = field(default_factory=list)
+    producers: list[Producer] = field(default_factory=list)
+    reason: str = ""
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    _inbox: Inbox = field(default_factory=Inbox)
+    _watched: set[Worker] = field(default_factory=set)
+    _ticket_id: bytes = field(default_factory=lambda: secrets.token_bytes(16))
+    _prefill_retried: bool = False
+    _closed: bool = False
+
+    @property
+    def prefill(self) -> str:
+        """Names of the prefill workers that the shares pull from, or have pulled from; may be empty."""
+        pulled = [s.prefill for s in self.shares if s.prefill and (s.kv is None or s.kv.path == "remote")]
+        return ",".join(dict.fromkeys(p.worker.name for p in pulled))
+
+    def start(self) -> None:
+        """Place the job and send everything at once.
+
+        Raises:
+            Unavailable: no decode worker is ready.
+        """
+        decoders = self._decoders()
+        if not decoders:
+            raise Unavailable("No decode worker is ready.", retry_after_s=RETRY_AFTER_S)
+        spread = self.cluster.settings.spread if self.job.prompts == 1 else "pack"
+        plan = placement.place(
+            decoders, self._prefillers(), self.cluster.pairs.usable, self.job.n, spread, self.job.local
+        )
+        self.reason = plan.reason
+        self.shares = [Share(placed.worker, placed.first, placed.n) for placed in plan.shares]
+        if plan.prefill is not None:
+            self._send_prefill(plan.prefill, self.shares)
+        for share in self.shares:
+            self._send_decode(share)
+
+    async def events(self) -> AsyncIterator[tuple[Share, FromShare]]:
+        """What the shares answer, until all have ended; each share ends with one ``Body(end=True)``,
+        ``GroupDone`` or :class:`Failed`.
+
+        Raises:
+            DeadlineExceeded: the job's deadline passed.
+        """
+        while not all(share.ended for share in self.shares):
+            event = await self._inbox.get(self._next_timer())
+            if event is None:
+                answers = self._on_time(asyncio.get_running_loop().time())
+            elif isinstance(event, Gone):
+                answers = self._on_gone(event)
+            else:
+                answers = self._on_message(event)
+            for answer in answers:
+                yield answer
+
+    def cancel(self, indices: Sequence[int]) -> None:
+        """Stop single samples (mode ``samples``). Idempotent; their ``Sample`` still comes."""
+        for share in self.shares:
+            mine = tuple(i for i in indices if share.first <= i < share.first + share.n)
+            if mine and not share.ended and share.dispatch is not None:
+                self.cluster.link.send(share.worker, wire.Cancel(share.dispatch.ref, mine))
+
+    def close(self) -> None:
+        """Cancel whatever still runs, at once, and stop listening. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        link = self.cluster.link
+        unfinished = not all(share.ended for share in self.shares)
+        for producer in self.producers:
+            if producer.dispatch is not None:
+                if producer.done and unfinished:
+                    link.send(producer.worker, wire.Cancel(producer.dispatch.ref))
+                link.abandon(producer.dispatch)
+        for share in self.shares:
+            if share.dispatch is not None:
+                link.abandon(share.dispatch)
+        for worker in self._watched:
+            worker.watchers.discard(self._inbox.gone)
+
+    # Sending
+
+    def _decoders(self, without: Worker | None = None) -> list[Worker]:
+        ready = self.cluster.registry.ready("decode", self.job.model)
+        return [worker for worker in ready if worker is not without]
+
+    def _prefillers(self, without: Worker | None = None) -> list[Worker]:
+        ready = self.cluster.registry.ready("prefill", self.job.model)
+        return [worker for worker in ready if worker is not without]
+
+    def _watch(self, worker: Worker) -> None:
+        worker.watchers.add(self._inbox.gone)
+        self._watched.add(worker)
+
+    def _send_prefill(self, worker: Worker, shares: Sequence[Share]) -> Producer:
+        now = asyncio.get_running_loop().time()
+        ticket = make_ticket(self._ticket_id, len(self.producers) + 1, worker, len(shares))
+        deadline = min(self.job.deadline, now + self.cluster.settings.prefill_timeout_s)
+        producer = Producer(worker, ticket, deadline)
+        producer.dispatch = self.cluster.link.open(worker, self.job.prompts, self._inbox, producer)
+        self.producers.append(producer)
+        self._watch(worker)
+        for share in shares:
+            share.prefill = producer
+        message = wire.Prefill(
+            producer.dispatch.ref,
+            ticket,
+            self.job.target,
+            msgspec.json.encode(self.job.body),
+            self.job.request_id,
+            deadline - now,
+        )
+        self.cluster.link.send(worker, message)
+        return producer
+
+    def _send_decode(self, share: Share) -> None:
+        now = asyncio.get_running_loop().time()
+        share.heard = now
+        share.dispatch = self.cluster.link.open(share.worker, share.n * self.job.prompts, self._inbox, share)
+        self._watch(share.worker)
+        body = self.job.body if share.n == self.job.n else {**self.job.body, "n": share.n}
+        message = wire.Decode(
+            share.dispatch.ref,
+            self.job.target,
+            msgspec.json.encode(body),
+            self.job.request_id,
+            self.job.deadline - now,
+            mode=self.job.mode,
+            first=share.first,
+            ticket=None if share.prefill is None else share.prefill.ticket,
+            headers=self.job.headers,
+            reason=self.reason if share.prefill is None else "",
+        )
+        self.cluster.link.send(share.worker, message)
+
+    # What comes back
+
+    def _on_message(self, event: tuple[Dispatch, wire.FromWorker]) -> list[tuple[Share, FromShare]]:
+        dispatch, message = event
+        owner = dispatch.owner
+        if isinstance(owner, Producer):
+            if isinstance(message, wire.PrefillDone):
+                self._on_prefill_done(owner, message)
+            return []
+        share: Share = owner
+        if share.ended:
+            return []
+        share.heard = asyncio.get_running_loop().time()
+        if (
+            isinstance(message, wire.Head | wire.GroupDone)
+            and message.status in _BUSY
+            and self._move(share, "busy")
+        ):
+            return []
+        if isinstance(message, wire.Head | wire.Body | wire.Sample | wire.GroupDone):
+            return self._from_share(share, message)
+        return []
+
+    def _from_share(
+        self, share: Share, message: wire.Head | wire.Body | wire.Sample | wire.GroupDone
+    ) -> list[tuple[Share, FromShare]]:
+        share.begun = True
+        if not isinstance(message, wire.Sample) and message.kv is not None:
+            share.kv = message.kv
+        if isinstance(message, wire.GroupDone):
+            share.ended = True
+        elif isinstance(message, wire.Body) and message.end:
+            share.ended = True
+            if message.cut:
+                error = UpstreamFailed("The decode worker could not finish this response.", code="cut")
+                return [(share, msgspec.structs.replace(message, end=False)), (share, Failed(error))]
+        return [(share, message)]
+
+    def _on_prefill_done(self, producer: Producer, done: wire.PrefillDone) -> None:
+        producer.done = True
+        if done.status == 200:
+            self.prompt_tokens, self.cached_tokens = done.prompt_tokens, done.cached_tokens
+        elif 400 <= done.status < 499 and done.status != 429:
+            # The request is at fault: each decode worker finds the same and words the answer.
+            self._tell_lost(producer, "refused", None)
+        else:
+            self._replace_producer(producer, f"status_{done.status}")
+
+    def _on_gone(self, gone: Gone) -> list[tuple[Share, FromShare]]:
+        answers: list[tuple[Share, FromShare]] = []
+        for producer in [p for p in self.producers if p.worker is gone.worker and not p.failed]:
+            if producer.done:
+                producer.failed = True
+                self._tell_lost(producer, "prefill_lost", None)
+            else:
+                self._replace_producer(producer, "prefill_lost")
+        for share in [s for s in self.shares if s.worker is gone.worker and not s.ended]:
+            if not self._move(share, "decode_lost"):
+                error = Unavailable("The decode worker of this request is gone.", retry_after_s=RETRY_AFTER_S)
+                answers.append(self._fail(share, error))
+        return answers
+
+    def _fail(self, share: Share, error: BraidError) -> tuple[Share, FromShare]:
+        share.ended = True
+        if share.dispatch is not None:
+            self.cluster.link.abandon(share.dispatch)
+        return share, Failed(error)
+
+    # The ladder
+
+    def _replace_producer(self, producer: Producer, reason: str) -> None:
+        """Another prefill worker once, then none: the waiting shares compute their prompt."""
+        producer.failed = True
+        if producer.dispatch is not None:
+            self.cluster.link.abandon(producer.dispatch)
+        waiting = self._waiting(producer)
+        other = None if self._prefill_retried or not waiting else self._prefill_for(waiting, producer.worker)
+        if other is None:
+            self._tell_lost(producer, reason, None)
+            return
+        self._prefill_retried = True
+        self.cluster.metrics.retries.labels("prefill", reason).inc()
+        replacement = self._send_prefill(other, waiting)
+        self._tell(waiting, reason, replacement.ticket)
+
+    def _prefill_for(self, shares: Sequence[Share], without: Worker) -> Worker | None:
+        usable = self.cluster.pairs.usable
+        fitting = [p for p in self._prefillers(without) if all(usable(p, share.worker) for share in shares)]
+        return placement.by_load(fitting)[0] if fitting else None
+
+    def _waiting(self, producer: Producer) -> list[Share]:
+        return [s for s in self.shares if s.prefill is producer and not s.begun and not s.ended]
+
+    def _tell_lost(self, producer: Producer, reason: str, ticket: wire.Ticket | None) -> None:
+        waiting = self._waiting(producer)
+        if waiting:
+            self.cluster.metrics.retries.labels("recompute", reason).inc()
+        self._tell(waiting, reason, ticket)
+
+    def _tell(self, shares: Sequence[Share], reason: str, ticket: wire.Ticket | None) -> None:
+        for share in shares:
+            if share.dispatch is not None:
+                self.cluster.link.send(share.worker, wire.Lost(share.dispatch.ref, reason, ticket))
+
+    def _move(self, share: Share, reason: str) -> bool:
+        """Send a share that has not begun to another decode worker, once. False if it can't be."""
+        others = [] if share.begun or share.moved else self._decoders(share.worker)
+        if not others:
+            return False
+        if share.dispatch is not None:
+            self.cluster.link.abandon(share.dispatch)
+        share.moved = True
+        self.cluster.metrics.retries.labels("decode", reason).inc()
+        plan = placement.place(
+            others, self._prefillers(), self.cluster.pairs.usable, share.n, "pack", self.job.local
+        )
+        share.worker, share.prefill = plan.shares[0].worker, None
+        self.reason = plan.reason
+        if plan.prefill is not None:
+            self._send_prefill(plan.prefill, [share])
+        self._send_decode(share)
+        return True
+
+    # Time
+
+    def _next_timer(self) -> float:
+        timers = [self.job.deadline]
+        timers += [p.deadline for p in self.producers if not p.done and not p.failed]
+        if self.job.mode == "http":
+            silence = self.cluster.settings.inter_token_timeout_s
+            timers += [s.heard + silence for s in self.shares if s.begun and not s.ended]
+        return min(timers)
+
+    def _on_time(self, now: float) -> list[tuple[Share, FromShare]]:
+        if now >= self.job.deadline:
+            raise DeadlineExceeded("The deadline of this request has passed.")
+        for producer in [p for p in self.producers if not p.done and not p.failed and now >= p.deadline]:
+            self._replace_producer(producer, "prefill_timeout")
+        if self.job.mode != "http":
+            return []
+        silence = self.cluster.settings.inter_token_timeout_s
+        silent = [s for s in self.shares if s.begun and not s.ended and now >= s.heard + silence]
+        return [
+            self._fail(s, DeadlineExceeded("The decode worker fell silent.", code="silent")) for s in silent
+        ]
+
+    @property
+    def overflown(self) -> bool:
+        """Whether the reader is too far behind; the request must then be cut."""
+        return self._inbox.overflown
+
+
+__all__ = ["Event", "Failed", "Fanout", "FromShare", "Job", "Producer", "Share"]

@@ -1,0 +1,194 @@
+"""The Sampler over decode workers: a group of samples as shares in mode ``samples``."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+
+from braid import errors, wire
+from braid.errors import BraidError
+from router import proof
+from router.cluster import Cluster
+from router.dispatch import Failed, Fanout, Job, Share
+from router.sampler import GroupUsage, Sample, State
+
+log = logging.getLogger("braid.router.groups")
+
+CLOSE_S = 5.0
+"""Longest wait for the samples of a closed group to end."""
+
+_STATES: dict[str, State] = {"finished": "finished", "cancelled": "stopped_early", "failed": "failed"}
+_BY_STATUS: dict[int, type[BraidError]] = {
+    kind.status: kind
+    for kind in (
+        errors.BadRequest,
+        errors.NotFound,
+        errors.TooLarge,
+        errors.Overloaded,
+        errors.Unavailable,
+        errors.DeadlineExceeded,
+    )
+}
+
+
+class WorkerSampler:
+    """A :class:`router.sampler.Sampler` for one request. ``groups`` are those it has opened."""
+
+    def __init__(self, cluster: Cluster, job: Job) -> None:
+        self.groups: list[WorkerGroup] = []
+        self._cluster = cluster
+        self._job = job
+
+    def group(self, body: Mapping[str, Any], n: int) -> WorkerGroup:
+        position = len(self.groups)
+        request_id = f"{self._job.request_id}-{position}" if position else self._job.request_id
+        body = {key: value for key, value in body.items() if key not in ("stream", "stream_options")}
+        job = replace(self._job, body={**body, "n": n}, n=n, mode="samples", request_id=request_id)
+        group = WorkerGroup(Fanout(self._cluster, job))
+        self.groups.append(group)
+        return group
+
+    @property
+    def usages(self) -> list[GroupUsage]:
+        return [group.usage for group in self.groups]
+
+
+class WorkerGroup:
+    """A :class:`router.sampler.Group`. Owns its fan-out: started on entry, closed on exit."""
+
+    def __init__(self, fanout: Fanout) -> None:
+        self.usage = GroupUsage()
+        self.fanout = fanout
+        self._outstanding = set(range(fanout.job.n))
+        self._tokens: dict[Share, int] = {}
+        self._produced = False
+        self._held: list[Sample] = []
+        self._samples = self._read()
+
+    async def __aenter__(self) -> WorkerGroup:
+        self.fanout.start()
+        self._note_workers()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        try:
+            if not isinstance(exc[1], asyncio.CancelledError):
+                await self._wind_down()
+        finally:
+            await self._samples.aclose()
+            self.fanout.close()
+            self._note_workers()
+
+    def __aiter__(self) -> AsyncIterator[Sample]:
+        return self._samples
+
+    async def cancel(self, indices: tuple[int, ...] | None = None) -> None:
+        running = self._outstanding if indices is None else self._outstanding.intersection(indices)
+        self.fanout.cancel(sorted(running))
+
+    async def _wind_down(self) -> None:
+        """Cancel what runs and read on until every share has told its usage."""
+        await self.cancel()
+        try:
+            async with asyncio.timeout(CLOSE_S):
+                async for _ in self._samples:
+                    pass
+        except TimeoutError:
+            log.warning("group did not end", extra={"request_id": self.fanout.job.request_id})
+        except BraidError:
+            # The reader has its answer or its error already; this one came too late to matter.
+            return
+
+    async def _read(self) -> AsyncGenerator[Sample, None]:
+        error: BraidError | None = None
+        async for share, message in self.fanout.events():
+            match message:
+                case wire.Sample():
+                    ended = self._on_sample(share, message)
+                case wire.GroupDone():
+                    error = self._on_done(share, message) or error
+                    ended = self._missing(share, error)
+                case Failed(error):
+                    self.usage.completion_tokens += self._tokens.get(share, 0)
+                    ended = self._missing(share, error)
+                case _:
+                    continue
+            for sample in ended:
+                yield sample
+        if not self._produced and error is not None:
+            raise error
+        for sample in self._held:
+            yield sample
+
+    def _on_sample(self, share: Share, message: wire.Sample) -> list[Sample]:
+        if message.index not in self._outstanding:
+            return []
+        self._outstanding.discard(message.index)
+        self._tokens[share] = self._tokens.get(share, 0) + message.tokens
+        self._produced = self._produced or message.state != "failed"
+        ready, self._held = [*self._held, _sample(message)], []
+        return ready
+
+    def _on_done(self, share: Share, message: wire.GroupDone) -> BraidError | None:
+        usage = self.usage
+        usage.completion_tokens += max(message.choice_tokens, self._tokens.get(share, 0))
+        usage.prompt_tokens = max(usage.prompt_tokens, message.prompt_tokens)
+        usage.cached_tokens = max(usage.cached_tokens, message.cached_tokens)
+        self._note_workers()
+        return None if message.status == 200 else from_engine(message.status, message.body)
+
+    def _missing(self, share: Share, error: BraidError | None) -> list[Sample]:
+        """The samples that a share ended without. Held back while nothing has been produced: then the
+        group as a whole may turn out to be an error."""
+        missing = sorted(self._outstanding.intersection(range(share.first, share.first + share.n)))
+        self._outstanding.difference_update(missing)
+        reason = error.message if error is not None else "The worker ended without this sample."
+        samples = [Sample(index, "failed", error=reason) for index in missing]
+        if self._produced or (error is None and missing):
+            return samples
+        self._held += samples
+        return []
+
+    def _note_workers(self) -> None:
+        fanout = self.fanout
+        self.usage.prefill = fanout.prefill
+        known = proof.by_worker((share.worker.name, share.kv) for share in fanout.shares)
+        self.usage.kv.update({name: record for name, record in known.items() if record is not None})
+
+
+def from_engine(status: int, body: bytes) -> BraidError:
+    """An engine's OpenAI-shaped error as one of ours, with its message, param and code."""
+    kind = _BY_STATUS.get(status, errors.BadRequest if 400 <= status < 500 else errors.UpstreamFailed)
+    try:
+        told = msgspec.json.decode(body)["error"]
+        message, param, code = str(told["message"]), told.get("param"), told.get("code")
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError, AttributeError):
+        return kind("The decode worker could not serve this request.")
+    return kind(message, param=param, code=None if code is None else str(code))
+
+
+def _sample(message: wire.Sample) -> Sample:
+    state, error = _STATES[message.state], message.error
+    choice: Any = {}
+    if message.choice:
+        try:
+            choice = msgspec.json.decode(message.choice)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            choice = None
+        if not isinstance(choice, dict):
+            state, choice, error = "failed", {}, "The worker's choice is not a JSON object."
+    return Sample(
+        index=message.index,
+        state=state,
+        text=message.text,
+        finish_reason=message.finish_reason,
+        tokens=message.tokens,
+        logprob=message.logprob,
+        choice=choice,
+        error=error,
+    )

@@ -1,0 +1,55 @@
+"""The router's Prometheus metrics."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 600.0)
+
+
+class Metrics:
+    """One registry a router, so that several can live in one process."""
+
+    def __init__(self) -> None:
+        r = self.registry = CollectorRegistry()
+        self.accepted = Counter(
+            "braid_requests_accepted", "Requests admitted; each ends once", ["endpoint"], registry=r
+        )
+        self.requests = Counter(
+            "braid_requests",
+            "Requests by how they ended: completed, failed, cancelled (admitted ones) or refused",
+            ["endpoint", "outcome"],
+            registry=r,
+        )
+        self.errors = Counter("braid_errors", "Errors answered, by kind", ["error"], registry=r)
+        self.strategies = Counter("braid_strategies", "Requests by strategy", ["strategy"], registry=r)
+        self.path = Counter(
+            "braid_path", "Prompts by how their KV came to a decode worker", ["path", "reason"], registry=r
+        )
+        self.kv_bytes = Counter("braid_kv_bytes", "KV bytes moved for answered requests", registry=r)
+        self.kv_transfers = Counter(
+            "braid_kv_transfers", "KV transfers made for answered requests", registry=r
+        )
+        self.ttft = Histogram(
+            "braid_ttft_seconds", "Request received to first body bytes", buckets=_SECONDS, registry=r
+        )
+        self.duration = Histogram(
+            "braid_request_seconds", "Request received to its end", ["endpoint"], buckets=_SECONDS, registry=r
+        )
+        self.retries = Counter(
+            "braid_retries", "Rungs of the fallback ladder taken", ["stage", "reason"], registry=r
+        )
+        self.queue_depth = Gauge("braid_queue_depth", "Requests waiting for a slot", registry=r)
+        self.inflight_samples = Gauge("braid_inflight_samples", "Samples holding a slot", registry=r)
+        self.workers = Gauge("braid_workers", "Workers registered", ["role", "state"], registry=r)
+        self.pairs = Gauge("braid_pairs", "Prefill/decode pairs by state", ["state"], registry=r)
+        self.probes = Counter("braid_pair_probes", "Pair probes by outcome", ["outcome"], registry=r)
+        self.workers_lost = Counter("braid_workers_lost", "Workers lost", ["role", "reason"], registry=r)
+        self.frames_dropped = Counter("braid_frames_dropped", "Frames dropped", ["reason"], registry=r)
+        self.cancels_unanswered = Counter(
+            "braid_cancels_unanswered", "Cancelled dispatches whose worker never answered", registry=r
+        )
+
+    def render(self) -> bytes:
+        return generate_latest(self.registry)

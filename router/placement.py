@@ -1,0 +1,91 @@
+"""Where a request runs. Pure functions over the registry's workers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from router.registry import Worker
+
+Usable = Callable[[Worker, Worker], bool]
+"""Whether a prefill and a decode worker may be used together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """``n`` samples, numbered from ``first`` in their group, on one decode worker."""
+
+    worker: Worker
+    first: int
+    n: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Decode shares, and the prefill worker that serves all of them (None: compute on decode, for
+    ``reason``)."""
+
+    shares: tuple[Placed, ...]
+    prefill: Worker | None
+    reason: str = ""
+
+
+def place(
+    decoders: Sequence[Worker],
+    prefillers: Sequence[Worker],
+    usable: Usable,
+    n: int,
+    spread: Literal["pack", "spread"],
+    local: str = "",
+) -> Plan:
+    """Choose workers for ``n`` samples of one prompt; ``decoders`` is not empty.
+
+    Decode workers with a usable prefill worker go before those without. ``pack`` takes the least
+    loaded one, ``spread`` divides the samples evenly over those that one prefill worker can serve.
+    ``local`` is the reason not to use a prefill worker at all, empty if there is none.
+    """
+    if local:
+        return Plan(divide(by_load(decoders), n, spread), None, local)
+    prefill = choose_prefill(decoders, prefillers, usable, spread)
+    if prefill is None:
+        reason = "no_pair" if prefillers else "no_prefill"
+        return Plan(divide(by_load(decoders), n, spread), None, reason)
+    paired = [d for d in decoders if usable(prefill, d)]
+    return Plan(divide(by_load(paired), n, spread), prefill)
+
+
+def choose_prefill(
+    decoders: Sequence[Worker],
+    prefillers: Sequence[Worker],
+    usable: Usable,
+    spread: Literal["pack", "spread"],
+) -> Worker | None:
+    """The prefill worker that reaches most of ``decoders`` (``spread``) or the least loaded of them
+    (``pack``); among equals the least loaded one."""
+    reach = {p: [d for d in decoders if usable(p, d)] for p in prefillers}
+    candidates = [p for p in prefillers if reach[p]]
+    if not candidates:
+        return None
+    if spread == "spread":
+        return min(candidates, key=lambda p: (-len(reach[p]), p.load, p.beat.waiting, p.name))
+    return min(candidates, key=lambda p: (min(d.load for d in reach[p]), p.load, p.beat.waiting, p.name))
+
+
+def by_load(workers: Sequence[Worker]) -> list[Worker]:
+    """Least loaded first; by name among equals."""
+    return sorted(workers, key=lambda w: (w.load, w.beat.waiting, w.name))
+
+
+def divide(workers: Sequence[Worker], n: int, spread: Literal["pack", "spread"]) -> tuple[Placed, ...]:
+    """Consecutive samples to each worker: all to the first, or evenly, the first ones taking the rest."""
+    if spread == "pack":
+        return (Placed(workers[0], 0, n),)
+    workers = workers[: min(n, len(workers))]
+    each, rest = divmod(n, len(workers))
+    shares, first = [], 0
+    for position, worker in enumerate(workers):
+        count = each + (position < rest)
+        shares.append(Placed(worker, first, count))
+        first += count
+    return tuple(shares)

@@ -1,0 +1,89 @@
+"""Proof of path: how a request's KV came to each decode worker, for headers, bodies and metrics."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from braid.wire import KvRecord
+from router.metrics import Metrics
+
+_WORST_FIRST = ("recomputed", "local", "remote")
+_LABEL = re.compile(r"[a-z0-9_]{0,32}")
+
+
+def merge(records: Iterable[KvRecord]) -> KvRecord:
+    """One record for several of the same worker: the worst path, the sum of what moved."""
+    records = list(records)
+    worst = min(records, key=lambda r: _WORST_FIRST.index(r.path))
+    return KvRecord(
+        path=worst.path,
+        transfers=sum(r.transfers for r in records),
+        nbytes=sum(r.nbytes for r in records),
+        blocks=sum(r.blocks for r in records),
+        blocks_cached=sum(r.blocks_cached for r in records),
+        reason=worst.reason,
+        wait_s=max(r.wait_s for r in records),
+        wire_s=sum(r.wire_s for r in records),
+    )
+
+
+def by_worker(pairs: Iterable[tuple[str, KvRecord | None]]) -> dict[str, KvRecord | None]:
+    """Records keyed by decode worker, in order; None where none has come yet."""
+    found: dict[str, list[KvRecord]] = {}
+    for name, record in pairs:
+        found.setdefault(name, []).extend([] if record is None else [record])
+    return {name: merge(records) if records else None for name, records in found.items()}
+
+
+def headers(request_id: str, prefill: str, kv: dict[str, KvRecord | None]) -> list[tuple[str, str]]:
+    """The ``x-braid-*`` headers; those of the path are absent while no worker has reported."""
+    known = [record for record in kv.values() if record is not None]
+    lines = [("x-request-id", request_id), ("x-braid-prefill", prefill), ("x-braid-decode", ",".join(kv))]
+    if known:
+        total = merge(known)
+        lines += [
+            ("x-braid-path", total.path),
+            ("x-braid-kv-bytes", str(total.nbytes)),
+            ("x-braid-kv-transfers", str(total.transfers)),
+        ]
+    return lines
+
+
+def body(prefill: str, kv: dict[str, KvRecord | None]) -> dict[str, Any]:
+    """The ``braid`` object of a reply."""
+    known = [record for record in kv.values() if record is not None]
+    total = merge(known) if known else None
+    return {
+        "path": total.path if total else None,
+        "kv_bytes": total.nbytes if total else 0,
+        "kv_transfers": total.transfers if total else 0,
+        "prefill": prefill or None,
+        "decode": {name: _one(record) for name, record in kv.items()},
+    }
+
+
+def count(metrics: Metrics, kv: dict[str, KvRecord | None]) -> None:
+    """Add an ended request's records to the metrics."""
+    for record in kv.values():
+        if record is not None:
+            reason = record.reason if _LABEL.fullmatch(record.reason) else "other"
+            metrics.path.labels(record.path, reason).inc()
+            metrics.kv_bytes.inc(record.nbytes)
+            metrics.kv_transfers.inc(record.transfers)
+
+
+def _one(record: KvRecord | None) -> dict[str, Any] | None:
+    if record is None:
+        return None
+    return {
+        "path": record.path,
+        "kv_bytes": record.nbytes,
+        "kv_transfers": record.transfers,
+        "blocks": record.blocks,
+        "blocks_cached": record.blocks_cached,
+        "reason": record.reason,
+        "wait_s": round(record.wait_s, 6),
+        "wire_s": round(record.wire_s, 6),
+    }

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from braid.errors import BadRequest
+from braid.settings import RouterSettings
+from router import strategies
+from router.strategies.options import TRIGGER
+
+
+def test_the_first_four() -> None:
+    assert strategies.names() == ("direct", "cot", "self_consistency", "best_of_n")
+    assert all(strategies.get(name).name == name for name in strategies.names())
+
+
+@pytest.mark.parametrize("name", ["", "majority", "run", "__class__", None, ["cot"]])
+def test_an_unknown_name_is_refused_with_the_list(name: Any) -> None:
+    with pytest.raises(BadRequest, match="self_consistency"):
+        strategies.get(name)
+
+
+def test_options_are_read_and_the_strategy_s_name_passed_over() -> None:
+    options = strategies.get("self_consistency").parse({"strategy": "self_consistency", "n": 16})
+    assert options.n == 16
+
+
+@pytest.mark.parametrize(
+    ("name", "reasoning", "param"),
+    [
+        ("self_consistency", {"n": 0}, "reasoning.n"),
+        ("cot", {"n": 2}, "reasoning.n"),
+        ("self_consistency", {"samples": 3}, "reasoning.samples"),
+        ("best_of_n", {"reward": "secret"}, "reasoning.reward"),
+        ("best_of_n", {"weight": "uniform"}, "reasoning.weight"),
+        ("cot", {"deadline_s": float("inf")}, "reasoning.deadline_s"),
+        ("cot", {"extractor": "regex"}, "reasoning"),
+        ("cot", {"pattern": "secret"}, "reasoning"),
+        ("cot", {"extractor": "regex", "pattern": "secret" * 40}, "reasoning.pattern"),
+    ],
+)
+def test_a_wrong_option_is_refused_by_name_and_not_echoed(
+    name: str, reasoning: dict[str, Any], param: str
+) -> None:
+    with pytest.raises(BadRequest) as caught:
+        strategies.get(name).parse(reasoning)
+    assert caught.value.param == param
+    assert "secret" not in caught.value.message
+
+
+@pytest.mark.parametrize("name", strategies.names())
+def test_every_option_is_documented(name: str) -> None:
+    fields = strategies.get(name).options.model_json_schema()["properties"]
+    assert {"n", "budget_tokens", "deadline_s", "early_stop", "extractor", "on_failure"} <= set(fields)
+    assert all(field.get("description") for field in fields.values())
+
+
+def test_the_trigger_is_the_router_s_default() -> None:
+    assert RouterSettings.model_fields["trigger"].default == TRIGGER
+
+
+def test_importing_the_strategies_does_not_load_the_algebra() -> None:
+    check = "import sys, router.strategies; sys.exit('sympy' in sys.modules or 'math_verify' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0

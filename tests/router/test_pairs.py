@@ -1,0 +1,73 @@
+"""Pairs: used and ready only after a real transfer."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from braid import wire
+from router import pairs
+from tests.router.conftest import CHAT, MakeStand, Stand, chat
+from tests.router.fake_worker import JSON_HEADERS, FakeWorker, answer_decode
+
+
+async def test_ready_only_after_a_pair_is_verified(stand: Stand) -> None:
+    assert (await stand.http.get("/ready")).status_code == 503
+    await stand.worker("decode", "d0")
+    assert (await stand.http.get("/ready")).status_code == 503
+    await stand.workers(decoders=0)
+    await stand.until(stand.app.pairs.ready)
+    assert (await stand.http.get("/ready")).status_code == 200
+
+
+async def test_a_pair_of_different_fingerprints_is_never_used(stand: Stand) -> None:
+    await stand.worker("prefill", "p0")
+    d0 = await stand.worker("decode", "d0", fingerprint="other")
+    reply = await stand.post(CHAT, chat())
+    decode = await d0.expect(wire.Decode)
+    assert (decode.ticket, decode.reason) == (None, "no_pair")
+    assert reply.headers["x-braid-path"] == "local"
+    assert stand.app.pairs.state() == []
+
+
+async def test_a_probe_is_a_fresh_prompt_of_more_than_two_blocks(stand: Stand) -> None:
+    _, d0 = await stand.workers()
+    (probe,) = [m for m in d0.received if isinstance(m, wire.Decode)]
+    body = msgspec.json.decode(probe.body)
+    assert len(body["prompt"]) == 2 * 32 + 3
+    assert (body["model"], body["max_tokens"]) == ("demo", 1)
+    assert all(5 <= token < 69 for token in body["prompt"])
+
+
+async def test_a_probe_that_moved_nothing_is_repeated(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pairs, "BACKOFF_S", (0.01,))
+
+    class Stubborn(FakeWorker):
+        async def _run(self, message: wire.Decode) -> None:
+            if len(self.received) < 5:
+                record = wire.KvRecord(path="recomputed", reason="load_failed")
+                head = wire.Head(message.ref, 200, JSON_HEADERS, record)
+                await self.send(head, wire.Body(message.ref, b"{}", end=True, kv=record))
+            else:
+                await answer_decode(self, message)
+
+    await stand.worker("prefill", "p0")
+    async with Stubborn(stand.link, "decode", "d0"):
+        await stand.until(lambda: stand.metric("braid_pair_probes_total", outcome="failed") >= 1)
+        assert "recomputed" in stand.app.pairs.state()[0]["error"]
+        await stand.until(stand.app.pairs.ready)
+
+
+async def test_without_verification_a_matching_pair_is_used_at_once(make_stand: MakeStand) -> None:
+    stand = await make_stand(verify_pairs=False)
+    await stand.worker("prefill", "p0")
+    await stand.worker("decode", "d0")
+    assert (await stand.http.get("/ready")).status_code == 200
+    assert (await stand.post(CHAT, chat())).headers["x-braid-path"] == "remote"
+
+
+async def test_a_pair_leaves_with_its_worker(stand: Stand) -> None:
+    p0, _ = await stand.workers()
+    await p0.die()
+    await stand.until(lambda: not stand.app.pairs.state())
+    assert (await stand.http.get("/ready")).status_code == 503
