@@ -116,22 +116,31 @@ def run(arguments: argparse.Namespace) -> int:
             body["model"] = arguments.model or first_model(client)
             _show(chunks(client, body), Progress(n=arguments.n), console)
     except AskFailed as failure:
-        console.print(Text(f"braid ask: {printable(str(failure))}", style="red"))
+        console.print(Text(f"braid ask: {printable(str(failure))}", style="red"), soft_wrap=True)
         return failure.exit_code
     except (httpx.ConnectError, httpx.ConnectTimeout):
         hint = "start it with `make up`, or name another address with --url"
-        console.print(Text(f"braid ask: nothing answers at {arguments.url}: {hint}", style="red"))
+        console.print(
+            Text(f"braid ask: nothing answers at {arguments.url}: {hint}", style="red"), soft_wrap=True
+        )
         return EXIT_UNREACHABLE
     except (httpx.InvalidURL, httpx.UnsupportedProtocol):
-        console.print(Text("braid ask: --url must look like http://127.0.0.1:8000", style="red"))
+        console.print(
+            Text("braid ask: --url must look like http://127.0.0.1:8000", style="red"), soft_wrap=True
+        )
         return EXIT_USAGE
     except httpx.TimeoutException:
         hint = "see /cluster and the logs of `braid up`, or raise --timeout"
-        console.print(Text(f"braid ask: silence for {arguments.timeout:g} s: {hint}", style="red"))
+        console.print(
+            Text(f"braid ask: silence for {arguments.timeout:g} s: {hint}", style="red"), soft_wrap=True
+        )
         return EXIT_FAILED
     except httpx.HTTPError as error:
         hint = "the router may have stopped; try `braid doctor`"
-        console.print(Text(f"braid ask: the connection broke ({type(error).__name__}): {hint}", style="red"))
+        console.print(
+            Text(f"braid ask: the connection broke ({type(error).__name__}): {hint}", style="red"),
+            soft_wrap=True,
+        )
         return EXIT_FAILED
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
@@ -232,7 +241,7 @@ def _show(stream: Iterator[Mapping[str, Any]], progress: Progress, console: Cons
         _drain(stream, progress, write, lambda: _tell(progress, told, console), lambda: None)
     write("\n")
     sys.stdout.flush()
-    console.print(Text(summary(progress), style="dim" if console.is_terminal else ""))
+    console.print(Text(summary(progress), style="dim" if console.is_terminal else ""), soft_wrap=True)
 
 
 def _drain(
@@ -300,7 +309,7 @@ def summary(progress: Progress) -> str:
     if tokens is not None:
         parts.append(f"{tokens} tokens generated")
     if path:
-        workers = f"{path.get('prefill') or '-'} -> {path.get('decode') or '-'}"
+        workers = f"{path.get('prefill') or '-'} -> {', '.join(path.get('decode') or '-')}"
         moved = f"{path.get('kv_bytes', 0)} KV bytes in {path.get('kv_transfers', 0)} transfers"
         parts.append(f"path {path.get('path')}, {workers}, {moved}")
     return " | ".join(parts)

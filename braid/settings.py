@@ -24,8 +24,7 @@ LOOPBACK = ("127.", "localhost", "[::1]", "::1")
 
 
 class ProcessSettings(BaseSettings):
-    """What every process has. The TOML file has one table a process (``[router]``, ``[prefill]``,
-    ``[decode]``)."""
+    """What every process has. The TOML file has one table a process (:data:`TABLES`)."""
 
     model_config = SettingsConfigDict(
         env_prefix="BRAID_",
@@ -62,19 +61,27 @@ class ProcessSettings(BaseSettings):
         return init_settings, env_settings, _Table(settings_cls, Path(path))
 
 
+TABLES = ("router", "prefill", "decode", "up", "doctor")
+"""Tables of the settings file."""
+
+
 class _Table(TomlConfigSettingsSource):
-    """The process's own table of the TOML file."""
+    """The process's own table of the TOML file; a table that no process reads is refused."""
 
     def __init__(self, settings_cls: type[BaseSettings], path: Path) -> None:
         if not path.is_file():
             raise FileNotFoundError(f"BRAID_CONFIG names {path}, which is not a file")
+        self._name = str(settings_cls.__private_attributes__["_table"].default)
         super().__init__(settings_cls, path)
 
     def _read_file(self, file_path: Path | Traversable) -> dict[str, Any]:
-        name = str(self.settings_cls.__private_attributes__["_table"].default)
-        table = super()._read_file(file_path).get(name, {})
+        content = super()._read_file(file_path)
+        unknown = sorted(set(content) - set(TABLES))
+        if unknown:
+            raise ValueError(f"[{unknown[0]}] in {file_path} is not one of {', '.join(TABLES)}")
+        table = content.get(self._name, {})
         if not isinstance(table, dict):
-            raise ValueError(f"[{name}] in {file_path} must be a table")
+            raise ValueError(f"[{self._name}] in {file_path} must be a table")
         return table
 
 

@@ -32,8 +32,8 @@ from deploy.placement import Hardware, Seat, seats
 Role = Literal["router", "prefill", "decode"]
 LOOPBACK = "127.0.0.1"
 POLL_S = 0.25
-SWEEP_S = 10.0
-"""Time between a process's own end of draining and SIGKILL."""
+WORKER_END_S = 8.0
+"""Time for a worker to end once the router has drained; one that still loads doesn't hear SIGTERM."""
 
 
 class UpSettings(ProcessSettings):
@@ -215,8 +215,8 @@ class Cluster:
         grace = self.settings.drain_s if grace_s is None else grace_s
         workers = [name for name in self._processes if name != "router"]
         if "router" in self._processes:
-            self._end(["router"], grace)
-        self._end(workers, min(grace, SWEEP_S))
+            self._end(["router"], grace + 5 if grace else 0)
+        self._end(workers, WORKER_END_S if grace else 0)
         self._processes.clear()
         if self._lock is not None:
             self.state_file.unlink(missing_ok=True)
@@ -314,14 +314,13 @@ class Cluster:
         }
         self.state_file.write_text(json.dumps(state, indent=1) + "\n")
 
-    def _end(self, names: Sequence[str], grace_s: float) -> None:
-        """SIGTERM to the processes, which drain; then SIGKILL to whatever is left of their groups."""
+    def _end(self, names: Sequence[str], limit_s: float) -> None:
+        """SIGTERM to the processes; after ``limit_s`` SIGKILL to whatever is left of their groups."""
         running = [self._processes[name] for name in names]
-        if grace_s > 0:
-            for process in running:
-                process.terminate()
-        deadline = time.monotonic() + (grace_s + SWEEP_S if grace_s > 0 else 0)
+        deadline = time.monotonic() + limit_s
         try:
+            for process in running if limit_s else ():
+                process.terminate()
             for process in running:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(max(0.0, deadline - time.monotonic()))

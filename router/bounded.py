@@ -1,7 +1,8 @@
 """Work that must not run away: caller's regular expressions and computer algebra, in a process of its own.
 
 A thread cannot be stopped, and one big-integer power holds the GIL for minutes. A child process can be
-killed, so that is where such work runs: one job at a time, a limit of processor time each, a cap on its memory.
+killed, so that is where such work runs: one job at a time, a limit of processor time each, a cap on its
+memory.
 """
 
 from __future__ import annotations

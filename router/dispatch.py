@@ -245,8 +245,8 @@ class Fanout:
                 self._on_prefill_done(owner, message)
             return []
         share: Share = owner
-        if share.ended:
-            return []
+        if share.ended or dispatch is not share.dispatch:
+            return []  # what a worker said before the share left it
         share.heard = asyncio.get_running_loop().time()
         if (
             isinstance(message, wire.Head | wire.GroupDone)

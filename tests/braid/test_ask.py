@@ -38,7 +38,13 @@ REPORT = {
     "stopped_early": "decided",
     "samples_cancelled": 1,
 }
-PATH = {"path": "remote", "kv_bytes": 2048, "kv_transfers": 1, "prefill": "p0", "decode": "d0"}
+PATH = {
+    "path": "remote",
+    "kv_bytes": 2048,
+    "kv_transfers": 1,
+    "prefill": "p0",
+    "decode": {"d0": {"path": "remote"}},
+}
 
 
 def chunk(delta: dict[str, Any], finish: str | None = None, **fields: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 
 import pytest
 
@@ -129,6 +130,13 @@ async def test_the_last_decode_worker_lost_is_a_503_with_retry_after(stand: Stan
     assert int(reply.headers["retry-after"]) >= 1
 
 
+async def dying(worker: FakeWorker, lines: AsyncIterator[str]) -> AsyncIterator[str]:
+    """Lines as they come; the worker dies after the first."""
+    async for line in lines:
+        yield line
+        await worker.die()
+
+
 async def stream_ends_in_error(stand: Stand) -> list[bytes]:
     """The events of a stream that has to end with an error and without ``[DONE]``."""
     reply = await stand.http.post(CHAT, json=chat(stream=True))
@@ -140,13 +148,11 @@ async def stream_ends_in_error(stand: Stand) -> list[bytes]:
 
 
 async def test_a_decode_worker_lost_mid_stream_is_an_error_event(stand: Stand) -> None:
-    async def begins_and_dies(worker: FakeWorker, message: wire.Decode) -> None:
-        head = wire.Head(message.ref, 200, SSE_HEADERS, REMOTE)
-        await worker.send(head, wire.Body(message.ref, stream_events(message, worker.name)[0]))
-        stand.app.registry.lose(stand.app.registry.ready("decode", "demo")[0], "silent")
-
-    await stand.workers(decode=begins_and_dies)
-    assert b"d0 " in (await stream_ends_in_error(stand))[0]
+    _, d0 = await stand.workers(decode=stream_until_gate)
+    async with stand.http.stream("POST", CHAT, json=chat(stream=True)) as reply:
+        lines = [line async for line in dying(d0, reply.aiter_lines()) if line]
+    assert "d0 " in lines[0]
+    assert lines[-1].startswith('data: {"error":')
 
 
 async def test_a_cut_stream_is_an_error_event(stand: Stand) -> None:

@@ -1,0 +1,128 @@
+"""What vLLM's OpenAI layer offers comes through unharmed, read by the official client."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import openai
+import pytest
+
+from tests.system.conftest import System
+
+pytestmark = pytest.mark.system
+
+QUESTION: list[Any] = [{"role": "user", "content": "Tom has 3 bags with 4 pens each. How many pens?"}]
+
+
+@pytest.fixture
+async def client(system: System) -> openai.AsyncOpenAI:
+    return openai.AsyncOpenAI(base_url=system.url + "/v1", api_key="unused", max_retries=0)
+
+
+async def test_chat_answers_with_usage_and_proof(client: openai.AsyncOpenAI) -> None:
+    raw = await client.chat.completions.with_raw_response.create(
+        model="demo", messages=QUESTION, temperature=0, max_tokens=40
+    )
+    reply = raw.parse()
+    assert reply.usage is not None and reply.usage.completion_tokens > 0
+    assert raw.headers["x-braid-path"] == "remote"
+    assert reply.model_extra is not None and reply.model_extra["braid"]["path"] == "remote"
+
+
+async def test_stream_joins_the_samples_of_two_workers(client: openai.AsyncOpenAI) -> None:
+    stream = await client.chat.completions.create(
+        model="demo",
+        messages=QUESTION,
+        n=4,
+        temperature=1,
+        max_tokens=8,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    ended, usage, proof = set(), None, None
+    async for chunk in stream:
+        usage = chunk.usage or usage
+        proof = (chunk.model_extra or {}).get("braid", proof)
+        ended.update(choice.index for choice in chunk.choices if choice.finish_reason)
+    assert ended == {0, 1, 2, 3}
+    assert usage is not None and usage.completion_tokens <= 4 * 8
+    assert proof is not None and set(proof["decode"]) == {"decode-0", "decode-1"}
+
+
+async def test_logprobs_penalties_and_stop_pass_through(client: openai.AsyncOpenAI) -> None:
+    reply = await client.chat.completions.create(
+        model="demo",
+        messages=QUESTION,
+        temperature=0,
+        max_tokens=30,
+        logprobs=True,
+        top_logprobs=3,
+        presence_penalty=0.1,
+        frequency_penalty=0.1,
+        stop=["answer"],
+    )
+    choice = reply.choices[0]
+    assert choice.logprobs is not None and choice.logprobs.content is not None
+    assert all(len(token.top_logprobs) == 3 for token in choice.logprobs.content)
+    assert "answer" not in (choice.message.content or "")
+
+
+async def test_structured_output_is_valid_json(client: openai.AsyncOpenAI) -> None:
+    schema: Any = {
+        "type": "json_schema",
+        "json_schema": {
+            "name": "answer",
+            "schema": {
+                "type": "object",
+                "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 9}},
+                "required": ["n"],
+                "additionalProperties": False,
+            },
+        },
+    }
+    reply = await client.chat.completions.create(
+        model="demo", messages=QUESTION, temperature=0, max_tokens=60, response_format=schema
+    )
+    assert isinstance(json.loads(reply.choices[0].message.content or "")["n"], int)
+
+
+async def test_several_prompts_keep_their_order(client: openai.AsyncOpenAI) -> None:
+    prompts = ["One two", "Seven eight nine"]
+    together = await client.completions.create(model="demo", prompt=prompts, temperature=0, max_tokens=6)
+    alone = [
+        await client.completions.create(model="demo", prompt=p, temperature=0, max_tokens=6) for p in prompts
+    ]
+    assert [c.text for c in together.choices] == [a.choices[0].text for a in alone]
+
+
+async def test_echo_with_logprobs_is_served_locally(system: System) -> None:
+    body = {"model": "demo", "prompt": "One two", "echo": True, "logprobs": 1, "max_tokens": 2}
+    reply = await system.client.post("/v1/completions", json=body)
+    assert reply.json()["choices"][0]["text"].startswith("One two")
+    assert reply.headers["x-braid-path"] == "local"
+
+
+async def test_errors_of_the_engine_keep_their_status_and_shape(client: openai.AsyncOpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        await client.completions.create(model="demo", prompt=[10**6], max_tokens=2)
+    assert caught.value.body is not None
+    with pytest.raises(openai.BadRequestError):
+        await client.completions.create(model="demo", prompt=[7] * 9000, max_tokens=2)
+
+
+async def test_a_seeded_prompt_of_several_chunks_is_served_on_either_path(system: System) -> None:
+    body = {"model": "demo", "prompt": [7, 8, 9] * 600, "seed": 1, "temperature": 1.0, "max_tokens": 8}
+    remote = await system.client.post("/v1/completions", json=body)
+    # `echo` keeps the prompt on the decode worker, where stock vLLM's CPU engine dies of it.
+    local = await system.client.post("/v1/completions", json={**body, "echo": True})
+    assert remote.status_code == local.status_code == 200
+    assert local.headers["x-braid-path"] == "local"
+    assert local.json()["choices"][0]["text"].endswith(remote.json()["choices"][0]["text"])
+
+
+async def test_tokenize_and_models_answer(system: System) -> None:
+    models = (await system.client.get("/v1/models")).json()
+    assert [m["id"] for m in models["data"]] == ["demo"]
+    reply = await system.client.post("/tokenize", json={"model": "demo", "prompt": "One two"})
+    assert reply.json()["count"] == len(reply.json()["tokens"]) > 0

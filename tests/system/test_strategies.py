@@ -1,0 +1,84 @@
+"""Strategies on real engines."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.system.conftest import System
+
+pytestmark = pytest.mark.system
+
+
+def body(prompt: str, **fields: Any) -> dict[str, Any]:
+    return {
+        "model": "demo",
+        "messages": [{"role": "user", "content": prompt}],
+        "max_tokens": 96,
+        "seed": 3,
+        **fields,
+    }
+
+
+def question(problem: dict[str, str]) -> str:
+    return problem["question"]
+
+
+async def test_self_consistency_votes_over_both_workers(
+    system: System, problems: list[dict[str, str]]
+) -> None:
+    request = body(
+        question(problems[0]), reasoning={"strategy": "self_consistency", "n": 8, "early_stop": False}
+    )
+    reply = await system.client.post("/v1/chat/completions", json=request)
+    report = reply.json()["reasoning"]
+    assert [sample["state"] for sample in report["samples"]] == ["finished"] * 8
+    assert sum(vote["votes"] for vote in report["votes"]) <= 8
+    assert reply.json()["usage"]["completion_tokens"] == sum(s["tokens"] for s in report["samples"])
+    assert reply.headers["x-braid-kv-transfers"] == "2"
+
+
+async def test_the_model_suffix_and_the_field_give_the_same(
+    system: System, problems: list[dict[str, str]]
+) -> None:
+    by_field = body(question(problems[1]), reasoning={"strategy": "best_of_n", "n": 4})
+    by_name = body(question(problems[1])) | {"model": "demo+best_of_n:4"}
+    answers = [
+        (await system.client.post("/v1/chat/completions", json=request)).json()["choices"][0]["message"]
+        for request in (by_field, by_name)
+    ]
+    assert answers[0]["content"] == answers[1]["content"]
+
+
+async def test_a_decided_vote_cancels_the_rest_and_counts_their_tokens(
+    system: System, problems: list[dict[str, str]]
+) -> None:
+    stopped = 0
+    for problem in problems[:8]:
+        request = body(question(problem), reasoning={"strategy": "self_consistency", "n": 16})
+        reply = (await system.client.post("/v1/chat/completions", json=request)).json()
+        samples = reply["reasoning"]["samples"]
+        assert reply["usage"]["completion_tokens"] == sum(s["tokens"] for s in samples)
+        stopped += sum(s["state"] == "stopped_early" for s in samples)
+    assert stopped > 0
+    await system.settled()
+
+
+async def test_progress_is_streamed_before_the_answer(
+    system: System, problems: list[dict[str, str]]
+) -> None:
+    request = body(
+        question(problems[2]), reasoning={"strategy": "self_consistency", "n": 4}, stream=True
+    )
+    events = []
+    async with system.client.stream("POST", "/v1/chat/completions", json=request) as reply:
+        async for line in reply.aiter_lines():
+            if line.startswith("data: {"):
+                events.append(json.loads(line.removeprefix("data: ")))
+    kinds = [event.get("reasoning", {}).get("event") for event in events]
+    assert "sample" in kinds
+    last = next(e for e in events if e["choices"] and e["choices"][0]["finish_reason"])
+    assert last["reasoning"]["strategy"] == "self_consistency"
+    assert last["braid"]["path"] == "remote"
