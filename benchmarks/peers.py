@@ -8,21 +8,30 @@ Install into an environment of its own (CPU machine, Python 3.11):
     pip install --no-deps nixl==1.5.1 nixl-cu13==1.5.1
 
 The router is started after both engines answer: it looks for its workers at start and then only every 30 s.
+
+On CPU, NixlConnector moves the thread that runs the model to the last core of its NUMA node, whatever
+`VLLM_CPU_OMP_THREADS_BIND` says, and a progress thread of NIXL polls without end on the core it was bound to. On
+two cores both engines would so compute on one core. `cores` undoes that: "own" gives each engine its core back,
+"free" lets its threads run on both, "shipped" leaves it as it is.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from benchmarks.plain import api_server, ready_or_stopped
-from benchmarks.process import GuardedProcess, Launch, free_ports
+from benchmarks.process import GuardedProcess, Launch, LaunchError, free_ports
 from benchmarks.stack import EngineSettings, Stack, wait_until_ready
 
+Cores = Literal["shipped", "own", "free"]
+WORKER = "VLLM::Worker"
 NIXL_ENV = {"UCX_TLS": "tcp,self", "UCX_NET_DEVICES": "lo", "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1"}
 
 
-def launch_peer(settings: EngineSettings, python: str, run_dir: Path) -> Stack:
+def launch_peer(settings: EngineSettings, python: str, run_dir: Path, cores: Cores = "free") -> Stack:
     """Start prefill engine, decode engine and router; return when the router answers."""
     prefill_port, decode_port, prefill_side, decode_side, router_port, router_metrics = free_ports(6)
     urls = {"prefill": f"http://127.0.0.1:{prefill_port}", "decode": f"http://127.0.0.1:{decode_port}"}
@@ -42,12 +51,21 @@ def launch_peer(settings: EngineSettings, python: str, run_dir: Path) -> Stack:
         stack.processes = [GuardedProcess(launch, run_dir) for launch in launches]
         for url in urls.values():
             wait_until_ready(f"{url}/health", stack.processes)
+        _place(stack.processes, settings, cores)
         router = Launch("nixl-router", _router(python, urls, router_port, router_metrics))
         stack.processes.append(GuardedProcess(router, run_dir))
     except BaseException:
         stack.stop()
         raise
     return ready_or_stopped(stack)
+
+
+def _place(engines: Sequence[GuardedProcess], settings: EngineSettings, cores: Cores) -> None:
+    """Set the cores of the model's process of each engine as the module's docstring says."""
+    own = {settings.prefill_core}, {settings.decode_core}
+    for engine, core in zip(engines, own, strict=True):
+        if cores != "shipped" and not engine.allow_cores(WORKER, core if cores == "own" else set.union(*own)):
+            raise LaunchError(f"{engine.launch.name} has no process named {WORKER}")
 
 
 def _engine(

@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -71,6 +71,18 @@ class GuardedProcess:
         """User and system CPU time used so far by the live processes of the tree."""
         return sum(_cpu_seconds(pid) for pid in guard.descendants(self._guard.pid))
 
+    def allow_cores(self, program: str, cores: Collection[int]) -> int:
+        """Let every thread of the tree's programs named `program` run on `cores`; how many threads that were."""
+        threads = [
+            int(thread.name)
+            for pid in guard.descendants(self._guard.pid)
+            if _program(pid).startswith(program)
+            for thread in Path(f"/proc/{pid}/task").iterdir()
+        ]
+        for thread in threads:
+            os.sched_setaffinity(thread, cores)
+        return len(threads)
+
     def niceness(self) -> int:
         """The highest nice value of a live process of the tree."""
         values = [_niceness(pid) for pid in guard.descendants(self._guard.pid)]
@@ -89,6 +101,13 @@ def _cpu_seconds(pid: int) -> float:
     except (FileNotFoundError, ProcessLookupError):
         return 0.0
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _program(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 def _niceness(pid: int) -> int:

@@ -91,7 +91,7 @@ class KvRecord(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_def
     wire_s: float = 0.0
 
 
-class Hello(_Msg, tag="hello"):
+class Hello(_Msg, frozen=True, tag="hello"):
     """A worker introduces itself. ``epoch`` is a random 63-bit number, new at each engine start."""
 
     protocol: int
@@ -109,7 +109,7 @@ class Hello(_Msg, tag="hello"):
     """Base URL of the worker's own HTTP endpoint (health, metrics)."""
 
 
-class Beat(_Msg, tag="beat"):
+class Beat(_Msg, frozen=True, tag="beat"):
     """A worker's state. ``running``/``waiting``: requests in its scheduler. ``kv_usage``: share of its
     KV cache in use, 0..1. ``staging_bytes``: bytes held for unfinished transfers (P)."""
 
@@ -121,11 +121,11 @@ class Beat(_Msg, tag="beat"):
     engine_ok: bool = True
 
 
-class Bye(_Msg, tag="bye"):
+class Bye(_Msg, frozen=True, tag="bye"):
     """The worker drains: it ends what it has and takes nothing new."""
 
 
-class PrefillDone(_Msg, tag="prefill_done"):
+class PrefillDone(_Msg, frozen=True, tag="prefill_done"):
     """P's terminal answer. ``status`` is an HTTP status (200; 499 cancelled); ``body`` is the
     OpenAI-shaped error body if it is not 200."""
 
@@ -137,7 +137,7 @@ class PrefillDone(_Msg, tag="prefill_done"):
     compute_s: float = 0.0
 
 
-class Head(_Msg, tag="head"):
+class Head(_Msg, frozen=True, tag="head"):
     """Start of D's HTTP response: status and headers as vLLM's OpenAI layer made them.
 
     Sent together with the first body bytes, so ``kv`` is known: the first token exists (or the
@@ -149,7 +149,7 @@ class Head(_Msg, tag="head"):
     kv: KvRecord | None = None
 
 
-class Body(_Msg, tag="body"):
+class Body(_Msg, frozen=True, tag="body"):
     """Body bytes in order; for a stream, whole SSE events of one scheduling step.
 
     ``end`` is set once, on the last message; ``kv`` there is the final record. ``cut`` says that the
@@ -162,7 +162,7 @@ class Body(_Msg, tag="body"):
     cut: str = ""
 
 
-class Sample(_Msg, tag="sample"):
+class Sample(_Msg, frozen=True, tag="sample"):
     """One finished sample of a group (mode ``samples``).
 
     ``index`` is the sample's number in the whole group. ``choice`` is the JSON of the OpenAI choice as
@@ -180,7 +180,7 @@ class Sample(_Msg, tag="sample"):
     error: str = ""
 
 
-class GroupDone(_Msg, tag="group_done"):
+class GroupDone(_Msg, frozen=True, tag="group_done"):
     """All samples of a share have ended. ``status`` other than 200 means that none was produced, with
     the OpenAI-shaped error in ``body``. ``choice_tokens`` counts every generated token, also those of
     cancelled samples."""
@@ -194,20 +194,20 @@ class GroupDone(_Msg, tag="group_done"):
     kv: KvRecord | None = None
 
 
-class Welcome(_Msg, tag="welcome"):
+class Welcome(_Msg, frozen=True, tag="welcome"):
     """The router has registered the worker. ``router`` is the router's epoch."""
 
     router: int
     heartbeat_s: float
 
 
-class Ping(_Msg, tag="ping"):
+class Ping(_Msg, frozen=True, tag="ping"):
     """The router is alive."""
 
     router: int
 
 
-class Prefill(_Msg, tag="prefill"):
+class Prefill(_Msg, frozen=True, tag="prefill"):
     """Compute the KV of ``body``'s prompt(s), once, and hold it for the ticket's subscribers.
 
     ``target`` and ``body`` are the client's path and JSON body, so that P renders exactly what D does;
@@ -221,7 +221,7 @@ class Prefill(_Msg, tag="prefill"):
     deadline_s: float
 
 
-class Decode(_Msg, tag="decode"):
+class Decode(_Msg, frozen=True, tag="decode"):
     """Run ``body`` (an OpenAI request whose ``n`` is this worker's share) on D.
 
     ``ticket`` None means: compute the prompt here (path ``local``). ``first`` is the number of the
@@ -241,7 +241,7 @@ class Decode(_Msg, tag="decode"):
     """Why there is no ticket (metric label), when there is none."""
 
 
-class Lost(_Msg, tag="lost"):
+class Lost(_Msg, frozen=True, tag="lost"):
     """To D: the producer of this dispatch's ticket failed or refused. Stop waiting for it; pull from
     ``ticket`` (the next attempt, on another producer) if there is one, else compute here."""
 
@@ -250,7 +250,7 @@ class Lost(_Msg, tag="lost"):
     ticket: Ticket | None = None
 
 
-class Cancel(_Msg, tag="cancel"):
+class Cancel(_Msg, frozen=True, tag="cancel"):
     """Stop a dispatch, or only the samples in ``samples`` (group-wide numbers). Idempotent."""
 
     ref: int

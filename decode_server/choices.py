@@ -33,7 +33,9 @@ class ChoiceMaker:
         tokenizer = serving.renderer.tokenizer
         parser = None
         if serving.parser_cls is not None:
-            parser = serving._make_parser(request, tokenizer, serving._effective_chat_template_kwargs(request))
+            parser = serving._make_parser(
+                request, tokenizer, serving._effective_chat_template_kwargs(request)
+            )
         response = await serving.chat_completion_full_generator(
             request,
             _one(output),

@@ -89,9 +89,7 @@ class DecodeLLM(AsyncLLM):
         finally:
             job.prefixes.release(held)
 
-    async def _acquire(
-        self, job: Job, prompt: Any, params: SamplingParams, options: dict[str, Any]
-    ) -> Held:
+    async def _acquire(self, job: Job, prompt: Any, params: SamplingParams, options: dict[str, Any]) -> Held:
         part, job.parts = job.parts, job.parts + 1
         shared = shareable(prompt, options.get("lora_request"))
         if shared is None or params.prompt_logprobs is not None or shared.adapter:
@@ -103,7 +101,8 @@ class DecodeLLM(AsyncLLM):
 
     def plain(self, *args: Any, **options: Any) -> AsyncGenerator[RequestOutput, None]:
         """vLLM's own ``generate``."""
-        return super().generate(*args, **options)
+        outputs: AsyncGenerator[RequestOutput, None] = super().generate(*args, **options)
+        return outputs
 
 
 class _Samples:

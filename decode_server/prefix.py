@@ -129,9 +129,7 @@ class Prefixes:
 
     async def _import(self, name: str, prompt: Prompt, part: int, source: Source) -> wire.KvRecord:
         engine = self._engine
-        while (
-            begun := await engine.call("braid_begin", name, prompt.tokens, prompt.salt, [])
-        ) is None:
+        while (begun := await engine.call("braid_begin", name, prompt.tokens, prompt.salt, [])) is None:
             await asyncio.sleep(_RETRY_S)
         cached, block_ids = int(begun["cached"]), tuple(begun["blocks"])
         transfers = 0
@@ -178,10 +176,10 @@ class Prefixes:
             for endpoint in ticket.endpoints
         ]
         loaded = engine.control.expect(("load", key))
-        changed = asyncio.ensure_future(source.changed())
+        changed = asyncio.create_task(source.changed())
         try:
             await engine.control.send(commands)
-            await asyncio.wait([loaded, changed], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((loaded, changed), return_when=asyncio.FIRST_COMPLETED)
         finally:
             changed.cancel()
             if not loaded.done():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -55,10 +56,8 @@ class Loop(threading.Thread):
     def call_soon(self, call: Callable[[], None]) -> None:
         """Run ``call`` on the loop's thread; calls keep their order."""
         self._calls.append(call)
-        try:
+        with contextlib.suppress(BlockingIOError):  # a full pipe has woken the loop already
             os.write(self._wake_w, b"x")
-        except BlockingIOError:
-            pass  # the pipe is full, so the loop is awake already
 
     def stop(self) -> None:
         """Stop and wait. Calls queued before are still made."""
@@ -91,11 +90,9 @@ class Loop(threading.Thread):
         os.close(self._wake_w)
 
     def _drain_wakes(self) -> None:
-        try:
+        with contextlib.suppress(BlockingIOError):
             while os.read(self._wake_r, 4096):
                 pass
-        except BlockingIOError:
-            pass
 
     def _guard(self, call: Callable[[], None]) -> None:
         try:

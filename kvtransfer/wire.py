@@ -45,7 +45,7 @@ class _Msg(msgspec.Struct, tag_field="t", frozen=True, forbid_unknown_fields=Tru
     """Base of all messages."""
 
 
-class Subscribe(_Msg, tag="sub"):
+class Subscribe(_Msg, frozen=True, tag="sub"):
     """``have``: leading blocks the consumer already holds. ``epoch``: the producer's, from the ticket."""
 
     key: Key
@@ -54,7 +54,7 @@ class Subscribe(_Msg, tag="sub"):
     have: int
 
 
-class Manifest(_Msg, tag="man"):
+class Manifest(_Msg, frozen=True, tag="man"):
     """What will be sent: ``tokens`` of the prompt, its block-hash ``chain``, the ``fingerprint`` of the
     model and cache layout, ``block_bytes`` of one block over all layers of this rank."""
 
@@ -66,7 +66,7 @@ class Manifest(_Msg, tag="man"):
     block_bytes: int
 
 
-class Blocks(_Msg, tag="blk"):
+class Blocks(_Msg, frozen=True, tag="blk"):
     """Payload: blocks ``[first, first + count)``, shape ``[layers, count, bytes]``, C order."""
 
     key: Key
@@ -74,24 +74,24 @@ class Blocks(_Msg, tag="blk"):
     count: int
 
 
-class Done(_Msg, tag="done"):
+class Done(_Msg, frozen=True, tag="done"):
     key: Key
 
 
-class Drop(_Msg, tag="drop"):
+class Drop(_Msg, frozen=True, tag="drop"):
     key: Key
 
 
-class Alive(_Msg, tag="alive"):
+class Alive(_Msg, frozen=True, tag="alive"):
     keys: tuple[Key, ...]
 
 
-class Refused(_Msg, tag="ref"):
+class Refused(_Msg, frozen=True, tag="ref"):
     key: Key
     reason: str
 
 
-class Open(_Msg, tag="open"):
+class Open(_Msg, frozen=True, tag="open"):
     """Server to producer: reserve staging for a prompt; ``subscribers`` consumers will pull."""
 
     key: Key
@@ -102,27 +102,27 @@ class Open(_Msg, tag="open"):
     subscribers: int
 
 
-class Opened(_Msg, tag="opened"):
+class Opened(_Msg, frozen=True, tag="opened"):
     """Producer to server: staging is reserved, the prompt may be submitted."""
 
     key: Key
 
 
-class Close(_Msg, tag="close"):
+class Close(_Msg, frozen=True, tag="close"):
     """Server to producer: end the lease now (idempotent)."""
 
     key: Key
     reason: str
 
 
-class Closed(_Msg, tag="closed"):
+class Closed(_Msg, frozen=True, tag="closed"):
     """Producer to server: the lease has ended; ``reason`` is done | expired | what Close said."""
 
     key: Key
     reason: str
 
 
-class Load(_Msg, tag="load"):
+class Load(_Msg, frozen=True, tag="load"):
     """Server to consumer: fetch blocks ``[first, first + len(block_ids))`` of ``key`` into these cache
     blocks. Until ``Loaded`` or ``Failed`` the consumer owns them; after either it never writes them."""
 
@@ -137,14 +137,14 @@ class Load(_Msg, tag="load"):
     deadline_s: float
 
 
-class Unload(_Msg, tag="unload"):
+class Unload(_Msg, frozen=True, tag="unload"):
     """Server to consumer: stop. Always answered by ``Failed``, also if the load had ended before."""
 
     key: Key
     reason: str
 
 
-class Loaded(_Msg, tag="loaded"):
+class Loaded(_Msg, frozen=True, tag="loaded"):
     """``wait_s``: from Load to the first block; ``wire_s``: from the first block to the last."""
 
     key: Key
@@ -154,12 +154,12 @@ class Loaded(_Msg, tag="loaded"):
     wire_s: float
 
 
-class Failed(_Msg, tag="failed"):
+class Failed(_Msg, frozen=True, tag="failed"):
     key: Key
     reason: str
 
 
-class Ready(_Msg, tag="ready"):
+class Ready(_Msg, frozen=True, tag="ready"):
     """A rank's end is up. ``layout`` describes its cache; ``endpoint`` is the producer's, else empty."""
 
     rank: int
@@ -168,11 +168,11 @@ class Ready(_Msg, tag="ready"):
     endpoint: str
 
 
-class Stat(_Msg, tag="stat"):
+class Stat(_Msg, frozen=True, tag="stat"):
     """Asks for ``Stats``."""
 
 
-class Stats(_Msg, tag="stats"):
+class Stats(_Msg, frozen=True, tag="stats"):
     """``staging_bytes`` reserved, ``leases`` held (producer); ``loads`` in flight (consumer)."""
 
     staging_bytes: int = 0

@@ -107,9 +107,7 @@ class PrefillService:
         status, body = (499, b"") if task.cancelled() else task.result()
         if status != 200:
             self._leases.close(message.ref, f"prefill_{status}")
-        self._send(
-            wire.PrefillDone(message.ref, status, body, job.prompt_tokens, job.cached_tokens, elapsed)
-        )
+        self._send(wire.PrefillDone(message.ref, status, body, job.prompt_tokens, job.cached_tokens, elapsed))
 
     async def _prefill(self, message: wire.Prefill, job: Job) -> tuple[int, bytes]:
         """Run vLLM's layer up to the prefill; what it makes of the one token is not used."""

@@ -89,9 +89,7 @@ class _Worker:
 
     async def _serve(self, sockets: Any, listener: socket.socket) -> int:
         log.info("engine_starting", extra={"model": self._settings.model})
-        engine = await start_engine(
-            self._settings, self._engine_args, self._name, self._llm_class(), sockets
-        )
+        engine = await start_engine(self._settings, self._engine_args, self._name, self._llm_class(), sockets)
         log.info("engine_up", extra={"blocks": engine.blocks, "endpoints": engine.endpoints})
         http = f"http://{self._settings.host}:{listener.getsockname()[1]}"
         service: WorkerService | None = None

@@ -386,5 +386,3 @@ def _imports(core: Any) -> Imports:
     imports = core.scheduler.get_kv_connector().imports
     assert isinstance(imports, Imports)
     return imports
-
-

@@ -24,8 +24,29 @@ import pytest
 from deploy.local import Cluster, UpSettings
 
 HEARTBEAT_S = 0.25
+HELD = (
+    "running",
+    "waiting",
+    "requests",
+    "imports",
+    "jobs",
+    "dispatches",
+    "loads",
+    "staging_bytes",
+    "leases",
+    "pending",
+    "import_blocks",
+)
+"""Counters of a worker that are zero when it holds nothing."""
 SETTLE_S = 30.0
 """Longest wait for a state that comes by heartbeats; generous, as the machine may be busy."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The first test waits for engines to load."""
+    for item in items:
+        if item.path.parent == Path(__file__).parent:
+            item.add_marker(pytest.mark.timeout(900))
 
 
 class System:
@@ -68,11 +89,8 @@ class System:
 
     async def idle(self) -> bool:
         stats = await self.stats()
-        held = ("running", "waiting", "requests", "imports", "jobs", "dispatches", "loads")
-        held += ("staging_bytes", "leases", "pending", "import_blocks")
         return all(
-            all(s.get(key, 0) == 0 for key in held) and s["free"] == s["blocks"] - 1
-            for s in stats.values()
+            all(s.get(key, 0) == 0 for key in HELD) and s["free"] == s["blocks"] - 1 for s in stats.values()
         )
 
     async def has(self, *names: str) -> None:

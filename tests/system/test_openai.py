@@ -25,9 +25,11 @@ async def test_chat_answers_with_usage_and_proof(client: openai.AsyncOpenAI) -> 
         model="demo", messages=QUESTION, temperature=0, max_tokens=40
     )
     reply = raw.parse()
-    assert reply.usage is not None and reply.usage.completion_tokens > 0
+    assert reply.usage is not None
+    assert reply.usage.completion_tokens > 0
     assert raw.headers["x-braid-path"] == "remote"
-    assert reply.model_extra is not None and reply.model_extra["braid"]["path"] == "remote"
+    assert reply.model_extra is not None
+    assert reply.model_extra["braid"]["path"] == "remote"
 
 
 async def test_stream_joins_the_samples_of_two_workers(client: openai.AsyncOpenAI) -> None:
@@ -40,14 +42,17 @@ async def test_stream_joins_the_samples_of_two_workers(client: openai.AsyncOpenA
         stream=True,
         stream_options={"include_usage": True},
     )
-    ended, usage, proof = set(), None, None
+    ended: set[int] = set()
+    usage, proof = None, None
     async for chunk in stream:
         usage = chunk.usage or usage
         proof = (chunk.model_extra or {}).get("braid", proof)
         ended.update(choice.index for choice in chunk.choices if choice.finish_reason)
     assert ended == {0, 1, 2, 3}
-    assert usage is not None and usage.completion_tokens <= 4 * 8
-    assert proof is not None and set(proof["decode"]) == {"decode-0", "decode-1"}
+    assert usage is not None
+    assert usage.completion_tokens <= 4 * 8
+    assert proof is not None
+    assert set(proof["decode"]) == {"decode-0", "decode-1"}
 
 
 async def test_logprobs_penalties_and_stop_pass_through(client: openai.AsyncOpenAI) -> None:
@@ -63,7 +68,8 @@ async def test_logprobs_penalties_and_stop_pass_through(client: openai.AsyncOpen
         stop=["answer"],
     )
     choice = reply.choices[0]
-    assert choice.logprobs is not None and choice.logprobs.content is not None
+    assert choice.logprobs is not None
+    assert choice.logprobs.content is not None
     assert all(len(token.top_logprobs) == 3 for token in choice.logprobs.content)
     assert "answer" not in (choice.message.content or "")
 

@@ -66,12 +66,8 @@ async def test_a_decided_vote_cancels_the_rest_and_counts_their_tokens(
     await system.settled()
 
 
-async def test_progress_is_streamed_before_the_answer(
-    system: System, problems: list[dict[str, str]]
-) -> None:
-    request = body(
-        question(problems[2]), reasoning={"strategy": "self_consistency", "n": 4}, stream=True
-    )
+async def test_progress_is_streamed_before_the_answer(system: System, problems: list[dict[str, str]]) -> None:
+    request = body(question(problems[2]), reasoning={"strategy": "self_consistency", "n": 4}, stream=True)
     events = []
     async with system.client.stream("POST", "/v1/chat/completions", json=request) as reply:
         async for line in reply.aiter_lines():
