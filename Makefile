@@ -36,5 +36,5 @@ bench: install ## benchmark a running server (ARGS="..." for `braid bench`)
 	@$(BIN)/braid bench $(ARGS)
 
 clean: ## remove the environment and everything that was generated
-	rm -rf .venv build dist run *.egg-info .coverage .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv build dist run *.egg-info .coverage .hypothesis .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

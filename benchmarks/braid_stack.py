@@ -22,7 +22,9 @@ def launch_braid(settings: EngineSettings, python: str, run_dir: Path, extra: Se
     cluster_dir.mkdir(exist_ok=True)
     argv = [
         *(python, "-m", "braid", "up", "--prefill", "1", "--decode", "1", "--port", str(port)),
-        *("--model", str(settings.model), "--run-dir", str(cluster_dir)),
+        *("--model", str(settings.model), "--served-model-name", "demo", "--run-dir", str(cluster_dir)),
+        *("--dtype", settings.dtype, "--max-model-len", str(settings.max_model_len)),
+        *("--chunk", str(settings.chunk_tokens), "--kv-cache-gib", str(settings.kv_cache_gib)),
         *extra,
     ]
     launch = Launch("braid", argv, braid_env(settings))
@@ -33,7 +35,5 @@ def launch_braid(settings: EngineSettings, python: str, run_dir: Path, extra: Se
 
 
 def braid_env(settings: EngineSettings) -> dict[str, str]:
-    """The engines' environment; `braid up` binds each worker to a core of its own."""
-    env = settings.env(settings.prefill_core)
-    del env["VLLM_CPU_OMP_THREADS_BIND"]
-    return env | {"PYTHONPATH": str(ROOT)}
+    """What `braid up` has no flag for; it gives its first worker the first core, and so on."""
+    return {"PYTHONPATH": str(ROOT), "BRAID_BLOCK_SIZE": str(settings.block_size)}

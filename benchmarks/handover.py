@@ -24,7 +24,7 @@ from contextlib import ExitStack
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 
@@ -33,13 +33,14 @@ from benchmarks.machine import describe_machine, package_versions
 from benchmarks.measure import (
     FanoutRecord,
     HandoverRecord,
+    Idle,
     Pace,
     SideBySide,
     describe,
     measure_fanout,
     measure_handover,
 )
-from benchmarks.peers import launch_peer
+from benchmarks.peers import Cores, launch_peer
 from benchmarks.plain import launch_plain
 from benchmarks.process import replace_all
 from benchmarks.prompts import Prompts
@@ -78,12 +79,15 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     how.add_argument(
         "--idle",
-        choices=("freeze", "run", "restart"),
+        choices=get_args(Idle),
         default="freeze",
         help="what a stack does while another is measured: SIGSTOP, run on, or start and stop for each turn",
     )
     how.add_argument(
         "--sequential-stacks", dest="idle", action="store_const", const="restart", help="--idle restart"
+    )
+    how.add_argument(
+        "--peer-cores", choices=get_args(Cores), default="free", help="see the docstring of benchmarks.peers"
     )
     how.add_argument(
         "--quiet-cores", type=float, default=0.25, help="a turn waits until others use no more than this"
@@ -109,7 +113,7 @@ def launchers(args: argparse.Namespace, settings: EngineSettings, run_dir: Path)
     """How to start each stack that was asked for."""
     known: dict[str, Launcher] = {
         "plain": partial(launch_plain, settings, interpreter(args.plain_python or args.peer_python), run_dir),
-        "nixl": partial(launch_peer, settings, interpreter(args.peer_python), run_dir),
+        "nixl": partial(launch_peer, settings, interpreter(args.peer_python), run_dir, args.peer_cores),
         "braid": partial(launch_braid, settings, interpreter(args.braid_python), run_dir, args.braid_arg),
     }
     return {name: known[name] for name in STACKS if name in args.stacks}

@@ -10,9 +10,9 @@ Install into an environment of its own (CPU machine, Python 3.11):
 The router is started after both engines answer: it looks for its workers at start and then only every 30 s.
 
 On CPU, NixlConnector moves the thread that runs the model to the last core of its NUMA node, whatever
-`VLLM_CPU_OMP_THREADS_BIND` says, and a progress thread of NIXL polls without end on the core it was bound to. On
-two cores both engines would so compute on one core. `cores` undoes that: "own" gives each engine its core back,
-"free" lets its threads run on both, "shipped" leaves it as it is.
+`VLLM_CPU_OMP_THREADS_BIND` says, and a progress thread of NIXL polls without end on the core it was bound to.
+On two cores both engines would so compute on one core. `cores` undoes that: "own" gives each engine its core
+back, "free" lets its threads run on both, "shipped" leaves it as it is.
 """
 
 from __future__ import annotations

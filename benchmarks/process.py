@@ -7,11 +7,16 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks import guard
+
+
+STOP_S = 10.0
+STOPPED = "TtZX"
 
 
 class LaunchError(RuntimeError):
@@ -60,8 +65,13 @@ class GuardedProcess:
             raise LaunchError(f"{self.launch.name} ended with status {code}; its log ends with:\n{tail}")
 
     def freeze(self) -> None:
-        """SIGSTOP the whole tree: it uses no CPU until `thaw()`. Idempotent."""
+        """SIGSTOP the whole tree and wait until it has: it uses no CPU until `thaw()`. Idempotent."""
         guard.signal_tree(self._guard.pid, signal.SIGSTOP)
+        deadline = time.monotonic() + STOP_S
+        while not all(_stat(pid)[0] in STOPPED for pid in guard.descendants(self._guard.pid)):
+            if time.monotonic() > deadline:
+                raise LaunchError(f"{self.launch.name} did not stop within {STOP_S:.0f} s of SIGSTOP")
+            time.sleep(0.001)
 
     def thaw(self) -> None:
         """SIGCONT the whole tree. Idempotent."""
@@ -72,7 +82,7 @@ class GuardedProcess:
         return sum(_cpu_seconds(pid) for pid in guard.descendants(self._guard.pid))
 
     def allow_cores(self, program: str, cores: Collection[int]) -> int:
-        """Let every thread of the tree's programs named `program` run on `cores`; how many threads that were."""
+        """Let every thread of the programs named `program` run on `cores`; returns how many threads."""
         threads = [
             int(thread.name)
             for pid in guard.descendants(self._guard.pid)
@@ -95,12 +105,17 @@ class GuardedProcess:
         self._guard.wait()
 
 
-def _cpu_seconds(pid: int) -> float:
+def _stat(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat from the state on; those of a process that is gone say so."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
-        return 0.0
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return ["X", *["0"] * 50]
+
+
+def _cpu_seconds(pid: int) -> float:
+    user, system = _stat(pid)[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 def _program(pid: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from benchmarks.measure import FanoutRecord, HandoverRecord
 from benchmarks.stats import summary
 
 PLAIN = "plain"
+PATH = "x-braid-path"
 MS = 1000.0
 # For each stack, the reply header or counter in which a fan-out record tells what became of the KV cache.
 PROOFS: dict[str, dict[str, str]] = {
@@ -42,9 +44,9 @@ def handover_figures(records: Sequence[HandoverRecord]) -> list[dict[str, Any]]:
                 row["over_plain_p50"] = ttft["p50"] - base["p50"]
                 row["over_plain_p95"] = ttft["p95"] - base["p95"]
                 row["same_text"] = sum(mine[1] == other[1] for mine, other in pairs)
-            row["errors"] = sum(
-                bool(r.error) for r in records if (r.stack, r.prompt_tokens) == (stack, length)
-            )
+            group = [r for r in records if (r.stack, r.prompt_tokens) == (stack, length)]
+            row["errors"] = sum(bool(r.error) for r in group)
+            row["paths"] = Counter(r.headers[PATH] for r in group if PATH in r.headers)
             rows.append(row)
     return rows
 
@@ -110,6 +112,7 @@ def handover_table(rows: Sequence[dict[str, Any]]) -> str:
         ("hand-over p50 ms", lambda row: number(row.get("handover_ms", {}).get("p50"))),
         ("p95", lambda row: number(row.get("handover_ms", {}).get("p95"))),
         ("iqr", lambda row: number(row.get("handover_ms", {}).get("iqr"))),
+        ("path", lambda row: ", ".join(f"{path} {count}" for path, count in row["paths"].items()) or "-"),
         ("same text", lambda row: str(row.get("same_text", "-"))),
         ("errors", lambda row: str(row["errors"])),
     ]

@@ -191,6 +191,17 @@ class Cluster:
         codes = {name: process.poll() for name, process in self._processes.items()}
         return {name: code for name, code in codes.items() if code is not None}
 
+    def wait_end(self, name: str, timeout: float = 10.0) -> int:
+        """Wait until a process has ended; returns its exit code, negative: the signal that killed it.
+
+        Raises:
+            TimeoutError: it still runs.
+        """
+        try:
+            return self._processes[name].wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise TimeoutError(f"{name} still runs after {timeout:g} s") from None
+
     def check_alive(self) -> None:
         """Raise :class:`ClusterError` with the end of its log if a process has ended."""
         for name, code in self.ended().items():

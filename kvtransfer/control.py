@@ -66,6 +66,7 @@ class ControlServer:
         self.ranks: dict[bytes, wire.Ready] = {}
         self._waiting: dict[object, _Answers] = {}
         self._changed = asyncio.Event()
+        self._asking = asyncio.Lock()
         self._task = asyncio.create_task(self._receive())
 
     async def wait_ready(self, ranks: int) -> list[wire.Ready]:
@@ -95,10 +96,11 @@ class ControlServer:
         self._waiting.pop(key, None)
 
     async def stats(self) -> wire.Stats:
-        """Sum over the ranks."""
-        future = self.expect("stats")
-        await self.broadcast(wire.Stat())
-        events = [event for event in await future if isinstance(event, wire.Stats)]
+        """Sum over the ranks. May be called concurrently."""
+        async with self._asking:
+            future = self.expect("stats")
+            await self.broadcast(wire.Stat())
+            events = [event for event in await future if isinstance(event, wire.Stats)]
         return wire.Stats(
             sum(e.staging_bytes for e in events),
             sum(e.leases for e in events),

@@ -36,7 +36,9 @@ class Loop(threading.Thread):
         os.set_blocking(self._wake_r, False)
         os.set_blocking(self._wake_w, False)
         self._poller.register(self._wake_r, zmq.POLLIN)
+        self._wakes = threading.Lock()
         self._stopping = False
+        self._closed = False
 
     def add(self, socket: zmq.Socket[bytes], handler: Callable[[], None]) -> None:
         """Call ``handler`` whenever ``socket`` is readable; it must read until EAGAIN or once."""
@@ -54,13 +56,16 @@ class Loop(threading.Thread):
         self._timers.append(timer)
 
     def call_soon(self, call: Callable[[], None]) -> None:
-        """Run ``call`` on the loop's thread; calls keep their order."""
-        self._calls.append(call)
-        with contextlib.suppress(BlockingIOError):  # a full pipe has woken the loop already
-            os.write(self._wake_w, b"x")
+        """Run ``call`` on the loop's thread; calls keep their order. After the stop: nothing."""
+        with self._wakes:
+            if self._closed:
+                return
+            self._calls.append(call)
+            with contextlib.suppress(BlockingIOError):  # a full pipe has woken the loop already
+                os.write(self._wake_w, b"x")
 
     def stop(self) -> None:
-        """Stop and wait. Calls queued before are still made."""
+        """Stop and wait. Calls queued before are still made. Idempotent."""
         self.call_soon(self._stop)
         self.join()
 
@@ -86,8 +91,10 @@ class Loop(threading.Thread):
                     self._guard(timer)
         for socket in list(self._handlers):
             self.remove(socket)  # type: ignore[arg-type]
-        os.close(self._wake_r)
-        os.close(self._wake_w)
+        with self._wakes:
+            self._closed = True
+            os.close(self._wake_r)
+            os.close(self._wake_w)
 
     def _drain_wakes(self) -> None:
         with contextlib.suppress(BlockingIOError):

@@ -76,9 +76,11 @@ def _as_blocks(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """View ``[blocks, ...]`` as ``[blocks, words]``."""
     stride = tensor.stride(0) * tensor.element_size()
     inner = tensor[0].numel() * tensor.element_size()
-    if stride != inner or stride % _WORD.itemsize or not tensor[0].is_contiguous():
+    start = tensor.storage_offset() * tensor.element_size()
+    words = stride % _WORD.itemsize == 0 and start % _WORD.itemsize == 0
+    if stride != inner or not words or not tensor[0].is_contiguous():
         raise ValueError(
-            f"{name}: blocks are not contiguous (stride {stride} bytes, {inner} bytes of data, "
+            f"{name}: blocks are not whole words in a row (stride {stride} bytes, {inner} of data, "
             f"shape {tuple(tensor.shape)}); this KV cache layout is not supported"
         )
     return tensor.view(tensor.shape[0], -1).view(_WORD)

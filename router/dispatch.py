@@ -168,10 +168,10 @@ class Fanout:
             return
         self._closed = True
         link = self.cluster.link
-        unfinished = not all(share.ended for share in self.shares)
         for producer in self.producers:
             if producer.dispatch is not None:
-                if producer.done and unfinished:
+                if producer.done:
+                    # A share that failed or computed its prompt itself has not ended the lease.
                     link.send(producer.worker, wire.Cancel(producer.dispatch.ref))
                 link.abandon(producer.dispatch)
         for share in self.shares:

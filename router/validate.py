@@ -183,7 +183,9 @@ def _check_internal(body: Json) -> None:
     kwargs = body.get("chat_template_kwargs")
     if kwargs is not None and not isinstance(kwargs, dict):
         raise _bad("chat_template_kwargs", "must be an object")
-    if body.get("chat_template") is not None or (kwargs and "chat_template" in kwargs):
+    if kwargs and "chat_template" in kwargs:
+        raise _bad("chat_template_kwargs", "must not hold chat_template: it is not taken from clients")
+    if body.get("chat_template") is not None:
         raise _bad("chat_template", "is not taken from clients")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+from hypothesis import settings
 from openai import AsyncOpenAI
 
 from braid import wire
@@ -16,6 +17,9 @@ from braid.settings import RouterSettings
 from router.app import App
 from router.server import listen, make_server
 from tests.router.fake_worker import FakeWorker, Script
+
+settings.register_profile("shared machine", deadline=None)
+settings.load_profile("shared machine")
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"

@@ -23,9 +23,7 @@ async def locked(make_stand: MakeStand, tmp_path: Path) -> Stand:
     return await make_stand(api_keys_file=file)
 
 
-@pytest.mark.parametrize(
-    "key", [None, "", "Bearer", "Bearer ", "Bearer gamma", "Basic alpha", "alpha", "Bearer # team"]
-)
+@pytest.mark.parametrize("key", [None, "", "Bearer", "Bearer gamma", "Basic alpha", "alpha", "Bearer # team"])
 async def test_a_missing_or_wrong_key_is_a_401(locked: Stand, key: str | None) -> None:
     headers = {} if key is None else {"authorization": key}
     for path in ("/v1/models", "/metrics", "/cluster", "/v1/nothing", "/v1/models?api_key=alpha"):
