@@ -3,8 +3,8 @@
 Usage: `python guard.py COMMAND...` with a pipe as stdin that the asking script holds open. The guard adopts
 every orphan below it (`PR_SET_CHILD_SUBREAPER`), so the tree is complete even where a server detaches its
 workers. When stdin ends (the script closed it, or died, however) the command gets SIGTERM, and after
-`GRACE_S` whatever is left of the tree gets SIGKILL. When the command ends by itself the rest of its tree is
-killed at once.
+`GRACE_S`, or `ORPHAN_S` after the command has ended, whatever is left of the tree gets SIGKILL. When the command
+ends by itself the rest of its tree is killed at once.
 Linux only; standard library only, because it runs before any environment is known.
 """
 
@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 GRACE_S = 15.0
+ORPHAN_S = 1.0
 POLL_S = 0.2
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -86,7 +87,8 @@ def _end_tree(main_pid: int, grace_s: float) -> None:
         if time.monotonic() >= deadline:
             signal_tree(os.getpid(), signal.SIGKILL)
         time.sleep(POLL_S / 4)
-        _reap(main_pid)
+        if _reap(main_pid) is not None:
+            deadline = min(deadline, time.monotonic() + ORPHAN_S)
 
 
 def main(argv: list[str]) -> int:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from benchmarks import guard
 
-
 STOP_S = 10.0
 STOPPED = "TtZX"
 

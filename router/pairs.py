@@ -52,6 +52,7 @@ class Pairs:
         self._link = link
         self._metrics = metrics
         self._pairs: dict[tuple[Worker, Worker], Pair] = {}
+        self._proven: set[str] = set()
         registry.joined.append(self._on_joined)
         registry.lost.append(self._on_lost)
 
@@ -61,9 +62,16 @@ class Pairs:
         return pair is not None and (pair.verified or not self._settings.verify_pairs)
 
     def ready(self) -> bool:
-        """Whether each served model has a usable pair of usable workers (and there is a model)."""
+        """Whether each served model has a usable pair of usable workers (and there is a model).
+
+        A model that had one stays ready while a decode worker is: it computes prompts itself, and a
+        restart of the only prefill worker must not take the router out of service.
+        """
         models = self._registry.models()
-        return bool(models) and all(self._has_pair(model) for model in models)
+        self._proven.update(model for model in models if self._has_pair(model))
+        return bool(models) and all(
+            model in self._proven and self._registry.ready("decode", model) for model in models
+        )
 
     def state(self) -> list[dict[str, Any]]:
         """What ``/cluster`` shows of the pairs."""
@@ -124,6 +132,7 @@ class Pairs:
             try:
                 await probe(self._link, pair.prefill, pair.decode)
                 pair.verified, pair.error = True, ""
+                self._proven.update(set(pair.prefill.hello.models) & set(pair.decode.hello.models))
                 self._metrics.probes.labels("ok").inc()
             except ProbeFailed as error:
                 pair.error = str(error)

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from typing import Any
 
 import httpx
 import pytest
-from hypothesis import settings
 from openai import AsyncOpenAI
 
 from braid import wire
 from braid.settings import RouterSettings
+from router import equivalence, extract
 from router.app import App
 from router.server import listen, make_server
 from tests.router.fake_worker import FakeWorker, Script
 
-settings.register_profile("shared machine", deadline=None)
-settings.load_profile("shared machine")
+
+@pytest.fixture(scope="session", autouse=True)
+def no_helper_is_left() -> Iterator[None]:
+    """The processes that evaluate patterns and algebra live as long as the router's own."""
+    yield
+    extract._patterns.close()
+    equivalence._algebra.close()
+
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"

@@ -20,6 +20,16 @@ async def test_ready_only_after_a_pair_is_verified(stand: Stand) -> None:
     assert (await stand.http.get("/ready")).status_code == 200
 
 
+async def test_losing_the_only_prefill_worker_keeps_the_router_ready(stand: Stand) -> None:
+    p0, d0 = await stand.workers()
+    await p0.die()
+    await stand.until(lambda: len(stand.app.registry.all()) == 1)
+    assert (await stand.http.get("/ready")).status_code == 200
+    await d0.die()
+    await stand.until(lambda: not stand.app.registry.all())
+    assert (await stand.http.get("/ready")).status_code == 503
+
+
 async def test_a_pair_of_different_fingerprints_is_never_used(stand: Stand) -> None:
     await stand.worker("prefill", "p0")
     d0 = await stand.worker("decode", "d0", fingerprint="other")
@@ -70,4 +80,4 @@ async def test_a_pair_leaves_with_its_worker(stand: Stand) -> None:
     p0, _ = await stand.workers()
     await p0.die()
     await stand.until(lambda: not stand.app.pairs.state())
-    assert (await stand.http.get("/ready")).status_code == 503
+    assert (await stand.http.get("/ready")).status_code == 200, "d0 computes prompts itself"

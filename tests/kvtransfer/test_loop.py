@@ -1,0 +1,133 @@
+"""The thread that owns the sockets."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+from collections.abc import Iterator
+
+import pytest
+import zmq
+
+from kvtransfer.loop import Loop
+
+DEADLINE_S = 60.0
+
+
+@pytest.fixture
+def loop() -> Iterator[Loop]:
+    loop = Loop("test")
+    yield loop
+    if not loop.is_alive():
+        loop.start()
+    loop.stop()
+
+
+def test_calls_keep_their_order_and_run_on_the_loop(loop: Loop) -> None:
+    ran: list[int] = []
+    on: list[int | None] = []
+    done = threading.Event()
+    loop.start()
+    for i in range(200):
+        loop.call_soon(lambda i=i: ran.append(i))  # type: ignore[misc]
+    loop.call_soon(lambda: on.append(threading.get_ident()))
+    loop.call_soon(done.set)
+    assert done.wait(DEADLINE_S)
+    assert ran == list(range(200))
+    assert on == [loop.ident]
+
+
+def test_calls_made_before_the_start_are_run(loop: Loop) -> None:
+    done = threading.Event()
+    loop.call_soon(done.set)
+    loop.start()
+    assert done.wait(DEADLINE_S)
+
+
+def test_a_callback_that_raises_does_not_end_the_loop(loop: Loop) -> None:
+    done = threading.Event()
+    ticks = iter([ZeroDivisionError, None])
+
+    def tick() -> None:
+        if (error := next(ticks, None)) is not None:
+            raise error
+        done.set()
+
+    loop.every_tick(tick)
+    loop.call_soon(lambda: 1 / 0)  # type: ignore[arg-type, return-value]
+    loop.start()
+    assert done.wait(DEADLINE_S)
+
+
+def test_a_handler_that_raises_does_not_end_the_loop(loop: Loop) -> None:
+    with zmq.Context() as context:
+        inside, outside = _pipe(context)
+        got: list[bytes] = []
+        done = threading.Event()
+
+        def handler() -> None:
+            got.append(inside.recv())
+            if len(got) == 1:
+                raise RuntimeError("first message")
+            done.set()
+
+        loop.add(inside, handler)
+        loop.start()
+        outside.send(b"1")
+        outside.send(b"2")
+        assert done.wait(DEADLINE_S)
+        assert got == [b"1", b"2"]
+        loop.stop()
+        outside.close(linger=0)
+
+
+def test_stop_runs_what_was_queued_and_closes_the_sockets() -> None:
+    with zmq.Context() as context:
+        loop, ran = Loop("test"), threading.Event()
+        inside, outside = _pipe(context)
+        loop.add(inside, lambda: None)
+        loop.start()
+        loop.call_soon(ran.set)
+        loop.stop()
+        assert ran.is_set()
+        assert inside.closed
+        outside.close(linger=0)
+
+
+def test_a_call_after_the_stop_is_dropped_and_stop_may_be_repeated() -> None:
+    loop = Loop("test")
+    loop.start()
+    loop.stop()
+    fds = [os.open(os.devnull, os.O_RDONLY) for _ in range(4)]  # take the numbers of the closed pipe
+    try:
+        loop.call_soon(lambda: None)
+        loop.stop()
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+def test_no_descriptor_is_left_behind() -> None:
+    def once() -> None:
+        with zmq.Context() as context:
+            loop = Loop("test")
+            inside, outside = _pipe(context)
+            loop.add(inside, lambda: None)
+            loop.start()
+            loop.stop()
+            outside.close(linger=0)
+
+    once()
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        once()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def _pipe(context: zmq.Context[zmq.Socket[bytes]]) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
+    inside, outside = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
+    port = inside.bind_to_random_port("tcp://127.0.0.1")
+    outside.connect(f"tcp://127.0.0.1:{port}")
+    return inside, outside

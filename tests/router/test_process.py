@@ -1,0 +1,112 @@
+"""The router as a process: what it imports, its port file, its signals."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from braid import wire
+from tests.router.conftest import CHAT, chat
+from tests.router.fake_worker import FakeWorker, answer_at_gate, silent
+
+IMPORTS = """
+import sys, time
+before = time.process_time()
+import router.app
+print(time.process_time() - before)
+print(*sys.modules)
+"""
+
+
+def imports() -> tuple[float, set[str]]:
+    """CPU seconds that importing the router takes, and what is loaded by it."""
+    out = subprocess.run([sys.executable, "-c", IMPORTS], check=True, capture_output=True, text=True).stdout
+    seconds, modules = out.splitlines()
+    return float(seconds), set(modules.split())
+
+
+def test_the_router_imports_no_engine() -> None:
+    assert not imports()[1] & {"torch", "vllm", "transformers", "numpy", "sympy"}
+
+
+def test_the_router_is_imported_in_half_a_second() -> None:
+    assert min(imports()[0] for _ in range(3)) < 0.5
+
+
+class Process:
+    """A router process and one pair of workers without engines."""
+
+    def __init__(self, process: asyncio.subprocess.Process, url: str, d0: FakeWorker) -> None:
+        self.process = process
+        self.url = url
+        self.d0 = d0
+
+    async def ends(self) -> int:
+        return await asyncio.wait_for(self.process.wait(), 5)
+
+
+@contextlib.asynccontextmanager
+async def running(tmp_path: Path, script: object = answer_at_gate) -> AsyncIterator[Process]:
+    link, port_file = f"ipc://{tmp_path}/link", tmp_path / "port"
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "router", "--port", "0", "--link", link, "--port-file", str(port_file)),
+        *("--heartbeat-s", "0.1", "--log-level", "warning", "--drain-s", "3"),
+    )
+    try:
+        p0 = FakeWorker(link, "prefill", "p0")
+        d0 = FakeWorker(link, "decode", "d0", script)  # type: ignore[arg-type]
+        async with p0, d0:
+            await asyncio.gather(
+                asyncio.wait_for(p0.welcomed.wait(), 20), asyncio.wait_for(d0.welcomed.wait(), 20)
+            )
+            yield Process(process, f"http://127.0.0.1:{int(port_file.read_text())}", d0)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+
+
+async def test_sigterm_lets_running_requests_end_and_exits_0(tmp_path: Path) -> None:
+    async with running(tmp_path) as router, httpx.AsyncClient(base_url=router.url) as http:
+        request = asyncio.create_task(http.post(CHAT, json=chat()))
+        await router.d0.expect(wire.Decode)
+        router.process.send_signal(signal.SIGTERM)
+        for _ in range(200):
+            refused = await http.post(CHAT, json=chat())
+            if refused.status_code == 503:
+                break
+        assert "retry-after" in refused.headers
+        router.d0.gate.set()
+        assert (await request).status_code == 200
+        assert await router.ends() == 0
+
+
+async def test_a_second_signal_exits_at_once(tmp_path: Path) -> None:
+    async with running(tmp_path, silent) as router, httpx.AsyncClient(base_url=router.url) as http:
+        request = asyncio.create_task(http.post(CHAT, json=chat()))
+        await router.d0.expect(wire.Decode)
+        router.process.send_signal(signal.SIGTERM)
+        await asyncio.sleep(0.2)
+        router.process.send_signal(signal.SIGTERM)
+        assert await asyncio.wait_for(router.process.wait(), 1) == 1
+        with pytest.raises(httpx.HTTPError):
+            await request
+
+
+def test_a_taken_port_is_a_clear_error(tmp_path: Path) -> None:
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        command = [sys.executable, "-m", "router", "--port", port, "--link", f"ipc://{tmp_path}/link"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 1
+    assert "cannot start" in done.stderr
