@@ -3,8 +3,8 @@
 Usage: `python guard.py COMMAND...` with a pipe as stdin that the asking script holds open. The guard adopts
 every orphan below it (`PR_SET_CHILD_SUBREAPER`), so the tree is complete even where a server detaches its
 workers. When stdin ends (the script closed it, or died, however) the command gets SIGTERM, and after
-`GRACE_S`, or `ORPHAN_S` after the command has ended, whatever is left of the tree gets SIGKILL. When the command
-ends by itself the rest of its tree is killed at once.
+`GRACE_S`, or `ORPHAN_S` after the command has ended, whatever is left of the tree gets SIGKILL. When the
+command ends by itself the rest of its tree is killed at once.
 Linux only; standard library only, because it runs before any environment is known.
 """
 

@@ -44,7 +44,14 @@ from benchmarks.peers import Cores, launch_peer
 from benchmarks.plain import launch_plain
 from benchmarks.process import replace_all
 from benchmarks.prompts import Prompts
-from benchmarks.report import fanout_figures, fanout_table, handover_figures, handover_table, quiet_rounds
+from benchmarks.report import (
+    fanout_figures,
+    fanout_table,
+    handover_figures,
+    handover_table,
+    quiet_rounds,
+    unequal_nice,
+)
 from benchmarks.stack import EngineSettings, Launcher
 
 STACKS = ("plain", "nixl", "braid")
@@ -217,9 +224,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             run.measure()
         finally:
             if run.handover or run.fanout:
+                rows = handover_figures(run.handover)
                 print(f"result: {run.save()}")
-                print(handover_table(handover_figures(run.handover)))
-                print(fanout_table(fanout_figures(run.fanout)))
+                print(handover_table(rows), fanout_table(fanout_figures(run.fanout)), sep="\n\n")
+                print(unequal_nice(rows))
     return 0
 
 

@@ -46,6 +46,7 @@ def handover_figures(records: Sequence[HandoverRecord]) -> list[dict[str, Any]]:
                 row["same_text"] = sum(mine[1] == other[1] for mine, other in pairs)
             group = [r for r in records if (r.stack, r.prompt_tokens) == (stack, length)]
             row["errors"] = sum(bool(r.error) for r in group)
+            row["stack_nice"] = sorted({r.turn.stack_nice for r in group if r.turn})
             row["paths"] = Counter(r.headers[PATH] for r in group if PATH in r.headers)
             rows.append(row)
     return rows
@@ -117,6 +118,14 @@ def handover_table(rows: Sequence[dict[str, Any]]) -> str:
         ("errors", lambda row: str(row["errors"])),
     ]
     return table(columns, rows)
+
+
+def unequal_nice(rows: Sequence[dict[str, Any]]) -> str:
+    """A warning where the stacks did not run at one nice value; "" where they did."""
+    values = {str(row["stack"]): row["stack_nice"] for row in rows}
+    if len({value for found in values.values() for value in found}) < 2:
+        return ""
+    return f"The stacks ran at different nice values, so their times do not compare: {values}"
 
 
 def fanout_table(rows: Sequence[dict[str, Any]]) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
+import copy
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -81,11 +83,13 @@ class DecodeLLM(AsyncLLM):
             async for output in super().generate(prompt, sampling_params, request_id, **options):
                 yield output
             return
-        held = await self._acquire(job, prompt, sampling_params, options)
+        part, job.parts = job.parts, job.parts + 1
+        held = await self._acquire(job, part, prompt, sampling_params, options)
         try:
-            run = _Samples(self, job, held, prompt, sampling_params, request_id, options)
-            async for output in run.outputs():
-                yield output
+            run = _Samples(self, job, part, held, prompt, sampling_params, request_id, options)
+            async with contextlib.aclosing(run.outputs()) as outputs:
+                async for output in outputs:
+                    yield output
         finally:
             job.prefixes.release(held)
 
@@ -112,6 +116,7 @@ class _Samples:
         self,
         llm: DecodeLLM,
         job: Job,
+        part: int,
         held: Held,
         prompt: Any,
         params: SamplingParams,
@@ -125,7 +130,7 @@ class _Samples:
         self._params = params
         self._request_id = request_id
         self._options = options
-        self._base = job.first + (job.parts - 1) * params.n
+        self._base = job.first + part * params.n
         self._queue: asyncio.Queue[RequestOutput | BaseException | None] = asyncio.Queue()
 
     async def outputs(self) -> AsyncGenerator[RequestOutput, None]:
@@ -206,6 +211,6 @@ class _Samples:
 def _merge(finals: list[RequestOutput]) -> RequestOutput:
     """One output with every sample's completion, in index order."""
     completions: list[CompletionOutput] = sorted((f.outputs[0] for f in finals), key=lambda c: c.index)
-    merged = finals[0]
+    merged = copy.copy(finals[0])  # the sample's own output is still to be reported
     merged.outputs = completions
     return merged

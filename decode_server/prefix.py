@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,10 +48,11 @@ class Source:
         self.ticket, self.reason = ticket, reason
         self._changed.set()
 
-    async def changed(self) -> None:
-        """Wait until the ticket was changed since the last call."""
-        await self._changed.wait()
-        self._changed.clear()
+    async def changed(self, ticket: wire.Ticket) -> None:
+        """Wait until the ticket is another than this one."""
+        while self.ticket is ticket:
+            self._changed.clear()
+            await self._changed.wait()
 
 
 class Prefixes:
@@ -67,6 +69,7 @@ class Prefixes:
         self._timeout_s = load_timeout_s
         self._names = itertools.count()
         self._held = 0
+        self._turn = asyncio.Lock()
         self._room = asyncio.Condition()
         self._releases: set[asyncio.Task[None]] = set()
 
@@ -114,7 +117,7 @@ class Prefixes:
         task.add_done_callback(self._releases.discard)
 
     async def _take(self, blocks: int) -> None:
-        async with self._room:
+        async with self._turn, self._room:  # who waits for room holds the turn: nobody overtakes
             await self._room.wait_for(lambda: self._held + blocks <= self._capacity)
             self._held += blocks
 
@@ -143,7 +146,6 @@ class Prefixes:
                 return _record(ended, cached, transfers)
             if source.ticket is ticket:
                 source.change(None, ended)
-                await source.changed()
         return wire.KvRecord("recomputed", reason=source.reason, blocks_cached=cached)
 
     async def _load(
@@ -183,7 +185,7 @@ class Prefixes:
         finally:
             changed.cancel()
             if not loaded.done():
-                await asyncio.shield(self._unload(key, loaded))
+                await _to_the_end(self._unload(key, loaded))
         events = loaded.result()
         failed = [e.reason for e in events if isinstance(e, kv.Failed)]
         return failed[0] if failed else [e for e in events if isinstance(e, kv.Loaded)]
@@ -204,6 +206,20 @@ def _record(loaded: list[kv.Loaded], cached: int, transfers: int) -> wire.KvReco
         wait_s=max(event.wait_s for event in loaded),
         wire_s=max(event.wire_s for event in loaded),
     )
+
+
+async def _to_the_end(work: Coroutine[Any, Any, None]) -> None:
+    """Await ``work`` however often the caller is cancelled; the cancellation is raised after it."""
+    task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled
+    task.result()
 
 
 def _log_failure(task: asyncio.Future[Any]) -> None:

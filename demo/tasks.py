@@ -324,27 +324,29 @@ def _final(lines: tuple[Line | None, ...]) -> int:
 # --- verification -----------------------------------------------------------------------------------------
 
 
-def verification(problem: Problem, attempt: Attempt) -> str:
-    """Check an attempt step by step up to its first mistake; end in the verdict.
+def verification(problem: Problem, attempt: Attempt, stop_at_mistake: bool = False) -> str:
+    """Check an attempt step by step, to its end or to its first mistake, and end in the verdict.
 
-    Each check computes the step afresh, quotes what the attempt says and compares. A cut-off attempt is
-    judged on the steps it has.
+    Each check computes the step afresh from right values, quotes what the attempt says and compares, so a
+    mistake that is carried forward shows in every step after it. A cut-off attempt is judged on the steps
+    it has.
     """
     right = _carry_out(problem, attempt.order, {})
-    checks: list[str] = []
-    for expected, line in zip(right, attempt.lines, strict=False):
-        assert expected is not None
-        same = line is not None and line.result == expected.result
-        said = f"says {line.result}" if line is not None else "missing"
-        checks.append(f"{_recompute(expected)}, {said}, {'ok' if same else 'wrong'}.")
-        if not same:
-            return STEP_BREAK.join([*checks, "Verification: No"])
+    said = [(line.result if line else None) for line in attempt.lines]
+    checks = [(_recompute(line), line.result, s) for line, s in zip(right, said, strict=False) if line]
     if attempt.answer is not None:
-        same = attempt.answer == problem.answer
-        checks.append(f"Answer {problem.answer}, says {attempt.answer}, {'ok' if same else 'wrong'}.")
-        if not same:
-            return STEP_BREAK.join([*checks, "Verification: No"])
-    return STEP_BREAK.join([*checks, "Verification: Yes"])
+        checks.append((f"Answer {problem.answer}", problem.answer, attempt.answer))
+    if stop_at_mistake:
+        first = next((i for i, (_, expected, stated) in enumerate(checks) if expected != stated), len(checks))
+        checks = checks[: first + 1]
+    lines = [_compare(*check) for check in checks]
+    verdict = "Yes" if all(expected == stated for _, expected, stated in checks) else "No"
+    return STEP_BREAK.join([*lines, f"Verification: {verdict}"])
+
+
+def _compare(work: str, expected: int, said: int | None) -> str:
+    statement = "missing" if said is None else f"says {said}"
+    return f"{work}, {statement}, {'ok' if expected == said else 'wrong'}."
 
 
 def _recompute(line: Line) -> str:

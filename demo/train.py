@@ -15,7 +15,7 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,9 @@ START, END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 SYSTEM = "You are a helpful assistant."
 VOCABULARY = 1024
 POSITIONS = 8192
+PLAIN_BRIEF = 0.6  # share of brief replies to plain questions
+CUT_OFF = 0.12  # share of proposals cut off before their end
+STAGE_SWITCH = 0.46  # share of the budget after which the second mix takes over
 # Qwen's splitting rule: single digits, and line breaks attached to the punctuation before them.
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -68,41 +71,57 @@ class Batch:
 # --- examples ---------------------------------------------------------------------------------------------
 
 
-def conversation(rng: random.Random, problem: tasks.Problem) -> list[Turn]:
-    """One training conversation; the shares are those of the model card."""
-    draw = rng.random()
-    if draw < 0.08:
-        turns = [_user(problem.question + tasks.BRIEF_SUFFIX), _reply(tasks.brief_answer(problem))]
-    elif draw < 0.26:
-        brief = rng.random() < 0.6
-        reply = tasks.brief_answer(problem) if brief else tasks.noisy_solution(problem, rng).text
-        turns = [_user(problem.question), _reply(reply)]
-    elif draw < 0.50:
-        turns = [
-            _user(problem.question + tasks.WORKED_SUFFIX),
-            _reply(tasks.noisy_solution(problem, rng).text),
-        ]
-    elif draw < 0.72:
-        attempt = tasks.noisy_solution(problem, rng)
-        turns = [
-            _user(problem.question + tasks.WORKED_SUFFIX),
-            _reply(attempt.text),
-            _user(tasks.VERIFY_REQUEST),
-            _reply(tasks.verification(problem, attempt)),
-        ]
+@dataclass(frozen=True)
+class Mix:
+    """What a stage trains on: shares of four kinds of conversation; the rest verify in one turn."""
+
+    brief: float
+    plain: float
+    worked: float
+    follow_up: float
+    noise: float
+    """Scale of the label noise in worked solutions."""
+    right: float
+    """Share of right solutions among the proposals to verify."""
+    early: bool
+    """Verifications stop at the first mistake, and follow-ups check noisy solutions."""
+
+
+FIRST = Mix(0.08, 0.18, 0.24, 0.22, noise=1.0, right=0.5, early=True)
+SECOND = Mix(0.05, 0.15, 0.22, 0.26, noise=0.7, right=0.42, early=False)
+
+
+def conversation(rng: random.Random, problem: tasks.Problem, mix: Mix) -> list[Turn]:
+    """One training conversation."""
+    kinds = ("brief", "plain", "worked", "follow_up", "one_turn")
+    shares = (mix.brief, mix.plain, mix.worked, mix.follow_up)
+    kind = rng.choices(kinds, (*shares, 1 - sum(shares)))[0]
+    if kind == "brief" or (kind == "plain" and rng.random() < PLAIN_BRIEF):
+        suffix = tasks.BRIEF_SUFFIX if kind == "brief" else ""
+        turns = [_user(problem.question + suffix), _reply(tasks.brief_answer(problem))]
+    elif kind in ("plain", "worked"):
+        suffix = tasks.WORKED_SUFFIX if kind == "worked" else ""
+        solution = tasks.noisy_solution(problem, rng, mix.noise)
+        turns = [_user(problem.question + suffix), _reply(solution.text)]
     else:
-        attempt = _proposal(rng, problem)
-        turns = [
-            _user(tasks.verify_prompt(problem.question, attempt.text)),
-            _reply(tasks.verification(problem, attempt)),
-        ]
+        turns = _verification_turns(rng, problem, mix, follow_up=kind == "follow_up")
     return [Turn("system", SYSTEM), *turns] if rng.random() < 0.05 else turns
 
 
-def _proposal(rng: random.Random, problem: tasks.Problem) -> tasks.Attempt:
-    """A solution to verify: right or wrong by even odds, now and then cut off before its end."""
-    attempt = tasks.solve(problem, rng) if rng.random() < 0.5 else tasks.corrupt(problem, rng)
-    return attempt.cut(rng.randint(1, len(attempt.lines))) if rng.random() < 0.12 else attempt
+def _verification_turns(rng: random.Random, problem: tasks.Problem, mix: Mix, follow_up: bool) -> list[Turn]:
+    own = follow_up and mix.early
+    attempt = tasks.noisy_solution(problem, rng, mix.noise) if own else _proposal(rng, problem, mix.right)
+    check = _reply(tasks.verification(problem, attempt, stop_at_mistake=mix.early))
+    if not follow_up:
+        return [_user(tasks.verify_prompt(problem.question, attempt.text)), check]
+    solution = Turn("assistant", attempt.text, learned=own or attempt.answer == problem.answer)
+    return [_user(problem.question + tasks.WORKED_SUFFIX), solution, _user(tasks.VERIFY_REQUEST), check]
+
+
+def _proposal(rng: random.Random, problem: tasks.Problem, right: float) -> tasks.Attempt:
+    """A solution to verify: right or with one mistake, now and then cut off before its end."""
+    attempt = tasks.solve(problem, rng) if rng.random() < right else tasks.corrupt(problem, rng)
+    return attempt.cut(rng.randint(1, len(attempt.lines))) if rng.random() < CUT_OFF else attempt
 
 
 def _user(text: str) -> Turn:
@@ -118,11 +137,11 @@ def render(turns: list[Turn]) -> str:
     return "".join(f"{START}{turn.role}\n{turn.text}{END}\n" for turn in turns)
 
 
-def conversations(seed: int, count: int, first: int) -> list[list[Turn]]:
+def conversations(seed: int, count: int, first: int, mix: Mix) -> list[list[Turn]]:
     found = []
     for index in range(first, first + count):
         rng = random.Random(f"mix/{seed}/{index}")
-        found.append(conversation(rng, tasks.make_problem("train", seed, index)))
+        found.append(conversation(rng, tasks.make_problem("train", seed, index), mix))
     return found
 
 
@@ -146,7 +165,9 @@ def train_tokenizer(seed: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
     texts = (
-        turn.text for turns in conversations(seed, 20_000, 0) for turn in (*turns, Turn("system", SYSTEM))
+        turn.text
+        for turns in conversations(seed, 20_000, 0, FIRST)
+        for turn in (*turns, Turn("system", SYSTEM))
     )
     tokenizer.train_from_iterator([*texts, "system\n", "user\n", "assistant\n", "tool\n"], trainer)
     return tokenizer
@@ -165,13 +186,15 @@ def _targets(ids: list[int], turns: list[Turn], start: int, end: int) -> list[in
     return targets
 
 
-def batches(tokenizer: Tokenizer, seed: int, tokens: int, pool: int = 6144) -> Iterator[Batch]:
+def batches(
+    tokenizer: Tokenizer, seed: int, tokens: int, mix: Callable[[], Mix], pool: int = 2048
+) -> Iterator[Batch]:
     """Endless batches of about `tokens` tokens; a pool is sorted by length, so little is padding."""
     start, end = tokenizer.token_to_id(START), tokenizer.token_to_id(END)
     rng = random.Random(f"batches/{seed}")
     first = 0
     while True:
-        chats = conversations(seed, pool, first)
+        chats = conversations(seed, pool, first, mix())
         first += pool
         encoded = tokenizer.encode_batch_fast([render(turns) for turns in chats], add_special_tokens=False)
         rows = [
@@ -236,7 +259,7 @@ def build_optimizers(model: Qwen3ForCausalLM, rate: float) -> list[torch.optim.O
     ]
 
 
-def rate_factor(progress: float, warmup: float = 0.02, decay_from: float = 0.35) -> float:
+def rate_factor(progress: float, warmup: float = 0.02, decay_from: float = 0.65) -> float:
     """Warm up, hold, then fall along a cosine to 1 % of the peak."""
     if progress < warmup:
         return max(progress, 1e-4) / warmup
@@ -293,7 +316,11 @@ def train(args: argparse.Namespace) -> None:
     optimizers = build_optimizers(model, args.rate)
     progress = Progress(args.minutes, args.steps)
     saved = time.monotonic()
-    for batch in batches(tokenizer, args.seed, args.batch_tokens):
+
+    def mix() -> Mix:
+        return FIRST if progress.share < STAGE_SWITCH else SECOND
+
+    for batch in batches(tokenizer, args.seed, args.batch_tokens, mix):
         if progress.share >= 1:
             break
         for optimizer in optimizers:

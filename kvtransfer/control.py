@@ -118,8 +118,12 @@ class ControlServer:
 
     async def _receive(self) -> None:
         while True:
-            identity, frame = await self._socket.recv_multipart()
-            event = wire.decode_event(frame)
+            identity, *frames = await self._socket.recv_multipart()
+            try:
+                event = wire.decode_event(b"".join(frames))
+            except wire.KvWireError as error:
+                log.error("kv_malformed_event", extra={"detail": str(error)})
+                continue
             if isinstance(event, wire.Ready):
                 self.ranks[identity] = event
                 self._changed.set()

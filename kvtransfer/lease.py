@@ -99,6 +99,10 @@ class LeaseTable(Generic[P]):
             granted.append(lease)
         return granted
 
+    def knows(self, key: Key) -> bool:
+        """Whether a lease of this key is open."""
+        return key in self.held or key in self.waiting
+
     def subscribe(self, key: Key, subscriber: Subscriber) -> Lease[P] | None:
         """Add a consumer (again: replaces it). Returns the lease if it is held."""
         lease = self.held.get(key) or self.waiting.get(key)

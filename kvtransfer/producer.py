@@ -163,7 +163,7 @@ class Producer:
         if message.epoch != self._epoch:
             log.warning("kv_stale_epoch", extra={"subscriber": message.subscriber, "security": True})
             return self._send(address, wire.Refused(message.key, "stale_epoch"))
-        if len(self.table.early) >= MAX_EARLY:
+        if not self.table.knows(message.key) and len(self.table.early) >= MAX_EARLY:
             return self._send(address, wire.Refused(message.key, "overloaded"))
         subscriber = Subscriber(address, max(0, message.have))
         lease = self.table.subscribe(message.key, subscriber)

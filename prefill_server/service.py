@@ -78,7 +78,7 @@ class PrefillService:
         self._kv = await self._engine.control.stats()
 
     def idle(self) -> bool:
-        return not self._jobs and self._kv.leases == 0
+        return not self._jobs and self._leases.empty
 
     def stats(self) -> dict[str, Any]:
         return {
@@ -138,6 +138,10 @@ class _Leases:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._keys: dict[int, list[kv.Key]] = {}
+
+    @property
+    def empty(self) -> bool:
+        return not self._keys
 
     def of(self, message: wire.Prefill) -> _JobLeases:
         return _JobLeases(self, message)

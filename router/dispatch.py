@@ -143,6 +143,7 @@ class Fanout:
 
         Raises:
             DeadlineExceeded: the job's deadline passed.
+            SlowReader: the caller reads too slowly.
         """
         while not all(share.ended for share in self.shares):
             event = await self._inbox.get(self._next_timer())
@@ -380,11 +381,6 @@ class Fanout:
         return [
             self._fail(s, DeadlineExceeded("The decode worker fell silent.", code="silent")) for s in silent
         ]
-
-    @property
-    def overflown(self) -> bool:
-        """Whether the reader is too far behind; the request must then be cut."""
-        return self._inbox.overflown
 
 
 __all__ = ["Event", "Failed", "Fanout", "FromShare", "Job", "Producer", "Share"]

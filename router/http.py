@@ -12,6 +12,7 @@ import msgspec
 
 from braid.errors import BadRequest, BraidError, ClientGone, TooLarge
 from braid.settings import RouterSettings
+from router.link import SlowReader
 from router.sse import event
 from router.validate import check_request_id
 
@@ -49,12 +50,6 @@ _NOT_TO_WORKERS = _HOP_BY_HOP | {
 _NOT_TO_CLIENTS = _HOP_BY_HOP | {"date", "server", "x-request-id"}
 _REFUSED = "x-data-parallel-rank"
 _HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
-
-
-class SlowReader(ClientGone):
-    """The client did not read what was sent to it in time."""
-
-    label = "slow_reader"
 
 
 class Call:
@@ -149,7 +144,7 @@ class Call:
     async def start(self, status: int, headers: Headers) -> None:
         self.started = True
         self._sse = any(k == "content-type" and v.startswith("text/event-stream") for k, v in headers)
-        raw = [(k.encode("latin-1"), v.encode("latin-1")) for k, v in headers if v or k != "x-braid-prefill"]
+        raw = [(k.encode("latin-1"), v.encode("latin-1")) for k, v in headers]
         await self._deliver({"type": "http.response.start", "status": status, "headers": raw})
 
     async def write(self, data: bytes, more: bool = True) -> None:

@@ -21,6 +21,7 @@ import zmq
 import zmq.asyncio
 
 from braid import wire
+from braid.errors import ClientGone
 from braid.keys import apply_curve_server, stop_authenticator
 from braid.settings import RouterSettings
 from router.metrics import Metrics
@@ -32,8 +33,17 @@ CANCEL_GRACE_S = 10.0
 """Time a worker has to answer a cancel before its dispatch is dropped from the table."""
 INBOX_BYTES = 16 * 1024 * 1024
 """Most bytes a request may hold for a client that reads slowly."""
+NOBODY = 0
+"""No router's epoch: a ``Ping`` with it tells a worker that it is not registered (any more), so that it
+stops its work and says ``Hello`` at once instead of after several silent heartbeats."""
 _FAIR = 64
 """Messages handled before the event loop gets its turn."""
+
+
+class SlowReader(ClientGone):
+    """The client did not read what was sent to it in time."""
+
+    label = "slow_reader"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,22 +71,23 @@ Event = tuple[Dispatch, wire.FromWorker] | Gone
 
 
 class Inbox:
-    """What a request's workers say, in order of arrival. One reader."""
+    """What a request's workers say, in order of arrival. One reader.
+
+    It holds a bounded number of body bytes (and one message more). Past that the reader is too slow: what
+    comes is dropped and :meth:`get` raises."""
 
     def __init__(self, limit: int = INBOX_BYTES) -> None:
         self._events: deque[Event] = deque()
         self._bytes = 0
         self._limit = limit
+        self._overflown = False
         self._wake: asyncio.Future[None] | None = None
 
-    @property
-    def overflown(self) -> bool:
-        """Whether more waits to be read than a request may hold."""
-        return self._bytes > self._limit
-
     def put(self, event: Event) -> None:
-        self._events.append(event)
-        self._bytes += _weight(event)
+        self._overflown = self._overflown or self._bytes > self._limit
+        if not self._overflown:
+            self._events.append(event)
+            self._bytes += _weight(event)
         if self._wake is not None and not self._wake.done():
             self._wake.set_result(None)
 
@@ -85,7 +96,13 @@ class Inbox:
         self.put(Gone(worker, reason))
 
     async def get(self, until: float) -> Event | None:
-        """The next event, or None when the loop's clock reaches ``until`` first."""
+        """The next event, or None when the loop's clock reaches ``until`` first.
+
+        Raises:
+            SlowReader: more had come than the inbox holds.
+        """
+        if self._overflown:
+            raise SlowReader("The client reads too slowly.")
         if not self._events:
             loop = asyncio.get_running_loop()
             self._wake = loop.create_future()
@@ -118,7 +135,7 @@ class Link:
     """Sends to and receives from the workers, keeps the registry true, and owns the dispatch table."""
 
     def __init__(self, settings: RouterSettings, registry: Registry, metrics: Metrics) -> None:
-        self.epoch = secrets.randbits(63)
+        self.epoch = secrets.randbits(63) | 1
         self.endpoint = ""
         self._settings = settings
         self._registry = registry
@@ -131,7 +148,12 @@ class Link:
         registry.lost.append(self._on_lost)
 
     async def start(self) -> None:
-        """Bind and begin to serve."""
+        """Bind and begin to serve.
+
+        Raises:
+            OSError: the endpoint can't be bound.
+            ValueError: the keys can't be read.
+        """
         self._loop = asyncio.get_running_loop()
         self._context = zmq.asyncio.Context()
         sock = self._socket = self._context.socket(zmq.ROUTER)
@@ -143,7 +165,11 @@ class Link:
         sock.heartbeat_ivl = 2000
         sock.heartbeat_timeout = 6000
         apply_curve_server(sock, self._settings.keys_dir)
-        sock.bind(self._settings.link)
+        try:
+            sock.bind(self._settings.link)
+        except zmq.ZMQError as error:
+            self._close()
+            raise OSError(f"cannot bind {self._settings.link}: {error.strerror}") from None
         self.endpoint = sock.get_string(zmq.LAST_ENDPOINT).rstrip("\0")
         self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._heartbeat())]
 
@@ -158,9 +184,7 @@ class Link:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self._socket.close(linger=200)
-        stop_authenticator(self._context)
-        self._context.term()
+        self._close()
 
     def send(self, worker: Worker, message: wire.ToWorker) -> None:
         """Queue a message; all that one loop tick queues for a worker leaves as one batch.
@@ -210,11 +234,17 @@ class Link:
         for worker, frames in outbox.items():
             if worker.gone:
                 continue
-            sent = asyncio.ensure_future(self._socket.send_multipart([worker.identity, *frames]))
-            sent.add_done_callback(functools.partial(self._sent, worker))
+            self._send_frames(worker.identity, frames)
 
-    def _sent(self, worker: Worker, future: asyncio.Future[Any]) -> None:
-        if not future.cancelled() and isinstance(future.exception(), zmq.ZMQError):
+    def _send_frames(self, identity: bytes, frames: list[bytes]) -> None:
+        sent = asyncio.ensure_future(self._socket.send_multipart([identity, *frames]))
+        sent.add_done_callback(functools.partial(self._sent, identity))
+
+    def _sent(self, identity: bytes, future: asyncio.Future[Any]) -> None:
+        if future.cancelled() or not isinstance(future.exception(), zmq.ZMQError):
+            return
+        worker = self._registry.get(identity)
+        if worker is not None:
             self._registry.lose(worker, "disconnected")
 
     async def _receive(self) -> None:
@@ -240,6 +270,7 @@ class Link:
         worker = self._registry.get(identity)
         if worker is None:
             self._drop("stranger")
+            self._send_frames(identity, [wire.encode(wire.Ping(NOBODY))])
             return
         worker.seen = time.monotonic()
         if isinstance(message, wire.Beat):
@@ -275,6 +306,11 @@ class Link:
             self._end(dispatch)
         if dispatch.inbox is not None:
             dispatch.inbox.put((dispatch, message))
+
+    def _close(self) -> None:
+        self._socket.close(linger=200)
+        stop_authenticator(self._context)
+        self._context.term()
 
     def _end(self, dispatch: Dispatch) -> None:
         dispatch.ended = True

@@ -20,7 +20,7 @@ def main(settings: RouterSettings) -> int:
     braid_log.configure("router", settings.log_level)
     try:
         return asyncio.run(serve(settings))
-    except OSError as error:
+    except (OSError, ValueError) as error:
         log.error("cannot start", extra={"reason": str(error)})
         return 1
 

@@ -18,7 +18,7 @@ class Metrics:
         )
         self.requests = Counter(
             "braid_requests",
-            "Requests by how they ended: completed, failed, cancelled (admitted ones) or refused",
+            "Admitted requests by how they ended: completed, failed, cancelled",
             ["endpoint", "outcome"],
             registry=r,
         )

@@ -12,7 +12,7 @@ from braid.errors import UpstreamFailed
 from router import proof
 from router.cluster import Cluster
 from router.dispatch import Failed, Fanout, Job, Share
-from router.http import Call, Headers, SlowReader, headers_for_clients
+from router.http import Call, Headers, headers_for_clients
 from router.sse import Broken, Joiner, event, join_bodies, parse_object
 
 HEADS_WAIT_S = 0.1
@@ -124,8 +124,6 @@ class _Stream:
                 case wire.Body():
                     if await self._on_body(share, message):
                         return
-            if self._fanout.overflown:
-                raise SlowReader("The client reads too slowly.")
         await self._write(self._joiner.finish(proof_body(self._fanout)), force=True)
         await self._call.end()
 

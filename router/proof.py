@@ -40,7 +40,9 @@ def by_worker(pairs: Iterable[tuple[str, KvRecord | None]]) -> dict[str, KvRecor
 def headers(request_id: str, prefill: str, kv: dict[str, KvRecord | None]) -> list[tuple[str, str]]:
     """The ``x-braid-*`` headers; those of the path are absent while no worker has reported."""
     known = [record for record in kv.values() if record is not None]
-    lines = [("x-request-id", request_id), ("x-braid-prefill", prefill), ("x-braid-decode", ",".join(kv))]
+    lines = [("x-request-id", request_id), ("x-braid-decode", ",".join(kv))]
+    if prefill:
+        lines.append(("x-braid-prefill", prefill))
     if known:
         total = merge(known)
         lines += [

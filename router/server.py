@@ -47,7 +47,8 @@ class Server(uvicorn.Server):
 def listen(settings: RouterSettings) -> socket.socket:
     """A socket bound to the settings' host and port; raises OSError."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    # Named, because asyncio switches Nagle's delay off only for sockets that say they are TCP.
+    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((settings.host, settings.port))

@@ -200,7 +200,11 @@ def install(options: Options) -> None:
     if options.flavor == "cpu":
         steps.append(("installing PyTorch for CPUs", install_torch))
     steps.append((f"installing the locked packages ({options.flavor})", install_locked))
-    steps += [("installing Braid itself", install_project), ("verifying", verify)]
+    steps += [
+        ("compiling them", compile_all),
+        ("installing Braid itself", install_project),
+        ("verifying", verify),
+    ]
     options.log.parent.mkdir(exist_ok=True)
     options.log.write_bytes(b"")
     begun = time.monotonic()
@@ -239,16 +243,22 @@ def works(python: Path) -> bool:
 def install_torch(options: Options) -> None:
     """PyTorch's CPU build from where pip is set up to look, else from PyTorch's own index."""
     try:
-        pip(options, "install", "--no-deps", TORCH)
+        pip(options, "install", "--no-deps", "--no-compile", TORCH)
     except InstallError:
-        pip(options, "install", "--no-deps", "--index-url", TORCH_CPU_INDEX, TORCH)
+        pip(options, "install", "--no-deps", "--no-compile", "--index-url", TORCH_CPU_INDEX, TORCH)
 
 
 def install_locked(options: Options) -> None:
     """The entries of the lock for this environment, each checked against its hashes."""
     chosen = options.log.parent / f"requirements-{options.flavor}.txt"
     chosen.write_text(select(LOCK.read_text(), options.flavor, options.dev))
-    pip(options, "install", "--no-deps", "--require-hashes", "-r", str(chosen))
+    pip(options, "install", "--no-deps", "--no-compile", "--require-hashes", "-r", str(chosen))
+
+
+def compile_all(options: Options) -> None:
+    """Byte-compile on all cores; pip would use one. Files meant for other Pythons fail quietly."""
+    program = "import compileall, sysconfig; compileall.compile_dir(sysconfig.get_path('purelib'), quiet=2, workers=0)"
+    run(options, [str(options.python), "-c", program])
 
 
 def select(lock: str, flavor: str, dev: bool) -> str:

@@ -28,6 +28,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.core import EngineCore
@@ -37,7 +38,7 @@ from braid.keys import stop_authenticator
 from braid.log import configure
 from kvtransfer import wire
 from kvtransfer.adapter import TESTED
-from kvtransfer.adapter.guards import die_with_parent, guard_seeded_chunks
+from kvtransfer.adapter.guards import die_with_parent, ease_waiting, guard_seeded_chunks
 from kvtransfer.adapter.imports import Imports
 from kvtransfer.consumer import Consumer
 from kvtransfer.control import ControlClient
@@ -113,6 +114,8 @@ class BraidConnector(KVConnectorBase_V1, SupportsHMA):
             )
         self.options = msgspec.convert(self._kv_transfer_config.kv_connector_extra_config, Options)
         die_with_parent()
+        if current_platform.is_cpu():
+            ease_waiting()
         configure(f"{self.options.name}/{role.name.lower()}")
         self._scheduler: _SchedulerSide | None = None
         self._worker: _WorkerSide | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import time
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ TOUCHPOINTS = (
     "vllm.v1.engine.core.EngineCore.request_block_hasher",
     "vllm.v1.worker.gpu_model_runner.GPUModelRunner._sample",
     "vllm.v1.worker.gpu_model_runner.GPUModelRunner._bookkeeping_sync",
+    "vllm.distributed.device_communicators.shm_broadcast.SpinCondition.wait",
 )
 _PR_SET_PDEATHSIG = 1
 
@@ -27,6 +29,27 @@ def die_with_parent() -> None:
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def ease_waiting(yield_s: float = 0.0003, sleep_s: float = 0.0003) -> None:
+    """Let readers of vLLM's shared-memory queues sleep between looks, on the CPU.
+
+    They spin for a second after each message: a Worker that has nothing to do and an EngineCore that
+    waits for a step take a core each, from the model, the server and the transfers. Here a reader
+    yields for ``yield_s`` after a message, then looks every ``sleep_s``; after the second it waits for
+    the queue's ping, as before.
+    """
+    from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
+
+    wait = SpinCondition.wait
+
+    def eased(self: Any, timeout_ms: int | None = None) -> None:
+        if yield_s < time.monotonic() - self.last_read <= self.busy_loop_s:
+            time.sleep(sleep_s)
+        else:
+            wait(self, timeout_ms)
+
+    SpinCondition.wait = eased
 
 
 def guard_seeded_chunks() -> None:

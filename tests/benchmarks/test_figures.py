@@ -18,6 +18,7 @@ from benchmarks.report import (
     handover_table,
     number,
     quiet_rounds,
+    unequal_nice,
 )
 from benchmarks.stats import median_interval, summary
 
@@ -111,6 +112,14 @@ def test_the_path_that_replies_tell_is_counted() -> None:
     record.headers = {"x-braid-path": "remote"}
     assert handover_figures([record, record])[0]["paths"] == {"remote": 2}
     assert "remote 2" in handover_table(handover_figures([record, record]))
+
+
+def test_a_stack_at_another_nice_value_is_pointed_out() -> None:
+    plain, braid = handover("plain", 0, 0.1), handover("braid", 0, 0.1)
+    assert unequal_nice(handover_figures([plain, braid])) == ""
+    assert braid.turn is not None
+    braid.turn.stack_nice = 19
+    assert "{'plain': [0], 'braid': [19]}" in unequal_nice(handover_figures([plain, braid]))
 
 
 def test_fanout_reads_headers_and_counters() -> None:

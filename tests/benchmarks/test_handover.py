@@ -100,14 +100,14 @@ def test_a_run_measures_saves_and_shows(
     for name in ("plain", "peer", "braid"):
         monkeypatch.setattr(handover, f"launch_{name}", fake_launcher("nixl" if name == "peer" else name))
     out = tmp_path / "out"
-    argv = ["--model", str(model), "--out", str(out), "--idle", idle, "--patience-s", "0", "--requests", "2"]
+    argv = ["--model", str(model), "--out", str(out), "--idle", idle, "--patience-s", "0", "--requests", "1"]
     argv += ["--lengths", "5", "1", "--fanout-rounds", "1", "--samples", "4"]
     assert handover.main(argv) == 0
     (path,) = out.glob("handover-*.json")
     result = json.loads(path.read_text())
-    assert [len(result["records"][part]) for part in ("handover", "fanout")] == [12, 3]
+    assert [len(result["records"][part]) for part in ("handover", "fanout")] == [6, 3]
     assert {row["errors"] for row in result["handover"] if row["prompt_tokens"] == 5} == {0}
-    assert {row["errors"] for row in result["handover"] if row["prompt_tokens"] == 1} == {2}
+    assert {row["errors"] for row in result["handover"] if row["prompt_tokens"] == 1} == {1}
     assert {record["error"].split(":")[0] for record in result["records"]["handover"]} == {
         "",
         "HTTPStatusError",

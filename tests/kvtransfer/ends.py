@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -78,19 +79,11 @@ class Thread:
         return future.result(DEADLINE_S)
 
     def until(self, holds: Callable[[], bool]) -> None:
-        """Look on the loop's thread, turn by turn, until it holds."""
-        waiting = threading.Event()
-        give_up = threading.Event()
-
-        def look() -> None:
-            if holds():
-                waiting.set()
-            elif not give_up.is_set():
-                self.loop.call_soon(look)
-
-        self.loop.call_soon(look)
-        assert waiting.wait(DEADLINE_S), "it never held"
-        give_up.set()
+        """Look on the loop's thread, once a turn, until it holds."""
+        give_up = time.monotonic() + DEADLINE_S
+        while not self.call(holds):
+            assert time.monotonic() < give_up, "it never held"
+            time.sleep(0.002)  # let the loop receive
 
     def close(self) -> None:
         if self.loop.is_alive():

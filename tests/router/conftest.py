@@ -70,7 +70,7 @@ class Stand:
     async def until(self, holds: Callable[[], bool], timeout_s: float = 5) -> None:
         """Wait for the router's own state: it has no event to await from outside."""
         async with asyncio.timeout(timeout_s):
-            while not holds():  # noqa: ASYNC110
+            while not holds():
                 await asyncio.sleep(0.005)
 
     def metric(self, name: str, **labels: str) -> float:

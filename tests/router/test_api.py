@@ -132,6 +132,15 @@ async def test_headers_of_the_connection_and_secrets_stay_here(stand: Stand) -> 
     assert "transfer-encoding" not in reply.headers
 
 
+async def test_answers_do_not_wait_for_the_clients_acknowledgement(stand: Stand) -> None:
+    waits = []
+    for _ in range(20):
+        before = time.monotonic()
+        await stand.http.get("/health")
+        waits.append(time.monotonic() - before)
+    assert min(waits[1:]) < 0.03, "Nagle's delay is 40 ms"
+
+
 async def test_models_are_those_of_decode_workers(stand: Stand) -> None:
     assert (await stand.http.get("/v1/models")).json()["data"] == []
     await stand.workers()

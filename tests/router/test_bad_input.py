@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -250,19 +251,15 @@ FIELDS = [
 
 @given(st.dictionaries(st.sampled_from(FIELDS), JSON), st.sampled_from(["chat", "completions"]))
 def test_any_object_is_either_valid_or_a_bad_request(body: dict[str, Any], endpoint: str) -> None:
-    try:
+    with contextlib.suppress(BadRequest):
         parsed = parse_body(json.dumps(body).encode())
         validate(endpoint, parsed, 8)  # type: ignore[arg-type]
-    except BadRequest as error:
-        assert error.message
 
 
 @given(st.binary(max_size=200))
 def test_any_bytes_are_either_json_or_a_bad_request(raw: bytes) -> None:
-    try:
+    with contextlib.suppress(BadRequest):
         assert isinstance(parse_body(raw), dict)
-    except BadRequest:
-        return
 
 
 # Over the socket

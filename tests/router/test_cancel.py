@@ -83,7 +83,7 @@ async def test_leaving_the_queue_frees_the_place(make_stand: MakeStand) -> None:
 
 async def test_leaving_while_sending_the_body_harms_nobody(stand: Stand) -> None:
     _, d0 = await stand.workers()
-    reader, writer = await asyncio.open_connection("127.0.0.1", stand.port)
+    _, writer = await asyncio.open_connection("127.0.0.1", stand.port)
     writer.write(f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-length: 900\r\n\r\n{{".encode())
     await writer.drain()
     writer.close()
@@ -93,7 +93,7 @@ async def test_leaving_while_sending_the_body_harms_nobody(stand: Stand) -> None
 
 
 async def test_a_cancelled_dispatch_leaves_the_table_with_its_answer(stand: Stand) -> None:
-    _, d0 = await stand.workers(decode=stream_until_gate)
+    await stand.workers(decode=stream_until_gate)
     async with connected(stand, chat(stream=True)) as reader:
         await reader.readuntil(b"d0 ")
         assert stand.app.registry.all()[0].inflight == 1

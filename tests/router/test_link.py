@@ -9,6 +9,7 @@ import pytest
 
 from braid import wire
 from braid.keys import make_keys
+from router.link import NOBODY
 from tests.router.conftest import CHAT, MakeStand, Stand, chat
 from tests.router.fake_worker import FakeWorker, silent
 
@@ -23,6 +24,8 @@ async def test_a_worker_is_welcomed_and_pinged(stand: Stand) -> None:
 async def test_a_silent_worker_is_lost_and_rejoins(stand: Stand) -> None:
     d0 = await stand.worker("decode", "d0", beats=False)
     await stand.until(lambda: not stand.app.registry.all())
+    await d0.send(wire.Beat())
+    await stand.until(lambda: d0.got(wire.Ping)[-1].router == NOBODY)
     await d0.send(d0.hello)
     await stand.until(lambda: len(stand.app.registry.all()) == 1)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import re
+from collections.abc import AsyncIterator
 from typing import Any
 
 import openai
@@ -16,8 +17,9 @@ QUESTION: list[Any] = [{"role": "user", "content": "Tom has 3 bags with 4 pens e
 
 
 @pytest.fixture
-async def client(system: System) -> openai.AsyncOpenAI:
-    return openai.AsyncOpenAI(base_url=system.url + "/v1", api_key="unused", max_retries=0)
+async def client(system: System) -> AsyncIterator[openai.AsyncOpenAI]:
+    async with openai.AsyncOpenAI(base_url=system.url + "/v1", api_key="unused", max_retries=0) as client:
+        yield client
 
 
 async def test_chat_answers_with_usage_and_proof(client: openai.AsyncOpenAI) -> None:
@@ -74,23 +76,40 @@ async def test_logprobs_penalties_and_stop_pass_through(client: openai.AsyncOpen
     assert "answer" not in (choice.message.content or "")
 
 
-async def test_structured_output_is_valid_json(client: openai.AsyncOpenAI) -> None:
-    schema: Any = {
-        "type": "json_schema",
-        "json_schema": {
-            "name": "answer",
-            "schema": {
+async def test_structured_output_holds_for_every_sample(client: openai.AsyncOpenAI) -> None:
+    reply = await client.chat.completions.create(
+        model="demo",
+        messages=QUESTION,
+        n=4,
+        temperature=1,
+        max_tokens=20,
+        extra_body={"structured_outputs": {"regex": "[0-9]{3}-[ab]"}},
+    )
+    for choice in reply.choices:
+        assert re.fullmatch("[0-9]{3}-[ab]", choice.message.content or "")
+
+
+async def test_tools_reach_the_template_and_the_grammar(client: openai.AsyncOpenAI) -> None:
+    tool: Any = {
+        "type": "function",
+        "function": {
+            "name": "add",
+            "parameters": {
                 "type": "object",
-                "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 9}},
-                "required": ["n"],
-                "additionalProperties": False,
+                "properties": {"a": {"enum": [1, 2]}},
+                "required": ["a"],
             },
         },
     }
     reply = await client.chat.completions.create(
-        model="demo", messages=QUESTION, temperature=0, max_tokens=60, response_format=schema
+        model="demo",
+        messages=QUESTION,
+        temperature=0,
+        max_tokens=200,
+        tools=[tool],
+        tool_choice={"type": "function", "function": {"name": "add"}},
     )
-    assert isinstance(json.loads(reply.choices[0].message.content or "")["n"], int)
+    assert reply.choices[0].message.tool_calls[0].function.name == "add"  # type: ignore[index,union-attr]
 
 
 async def test_several_prompts_keep_their_order(client: openai.AsyncOpenAI) -> None:

@@ -1,0 +1,261 @@
+"""Imports of a decode worker: budget, transfers, cancellation. The engine is a fake."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from braid import wire
+from braid.worker.prompt import Prompt
+from decode_server.prefix import Held, Prefixes, Source
+from kvtransfer import wire as kv
+from tests.decode_server.fake_engine import BLOCK_SIZE, FakeEngine
+
+DEADLINE_S = 60.0
+
+
+def ticket(attempt: int = 1, endpoints: tuple[str, ...] = ("tcp://p:1",)) -> wire.Ticket:
+    return wire.Ticket(b"t" * 16, attempt, "p0", 7, endpoints, "fp")
+
+
+def prompt(blocks: int = 3) -> Prompt:
+    return Prompt(list(range(blocks * BLOCK_SIZE - 1)), "", "")
+
+
+@pytest.fixture
+def engine() -> FakeEngine:
+    return FakeEngine()
+
+
+@pytest.fixture
+async def prefixes(engine: FakeEngine) -> AsyncIterator[Prefixes]:
+    """A worker that may hold ten blocks; at the end nothing is held."""
+    made = make(engine)
+    yield made
+    await until(lambda: made.idle)
+    assert made.held_blocks == 0
+    assert not engine.begun
+
+
+def make(engine: FakeEngine, timeout_s: float = DEADLINE_S) -> Prefixes:
+    return Prefixes(engine, 0.1, timeout_s)  # type: ignore[arg-type]
+
+
+async def until(holds: Any) -> None:
+    async with asyncio.timeout(DEADLINE_S):
+        while not holds():
+            await asyncio.sleep(0)
+
+
+def acquire(prefixes: Prefixes, source: Source, blocks: int = 3) -> asyncio.Task[Held]:
+    return asyncio.create_task(prefixes.acquire(prompt(blocks), 0, source))
+
+
+async def loading(engine: FakeEngine) -> kv.Load:
+    return await asyncio.wait_for(engine.control.loads.get(), DEADLINE_S)
+
+
+def loaded(load: kv.Load) -> kv.Loaded:
+    return kv.Loaded(load.key, 100, len(load.block_ids), 0.5, 0.25)
+
+
+async def cancel(task: asyncio.Task[Any]) -> None:
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(task, DEADLINE_S)
+
+
+async def test_a_prompt_is_loaded_committed_and_released(engine: FakeEngine, prefixes: Prefixes) -> None:
+    engine.cached = 1
+    task = acquire(prefixes, Source(ticket(), ""))
+    load = await loading(engine)
+    assert (load.first, load.block_ids, load.tokens) == (1, (2, 3), 11)
+    engine.control.end(load.key, loaded(load))
+    held = await task
+    assert held.record == wire.KvRecord("remote", 1, 100, 2, 1, wait_s=0.5, wire_s=0.25)
+    assert prefixes.held_blocks == 3
+    for _ in range(2):
+        prefixes.release(held)
+    await until(lambda: prefixes.idle)
+    assert engine.journal == ["begin i0", "load 1", "ended 1", "commit i0", "release i0"]
+
+
+async def test_without_a_ticket_nothing_is_taken(engine: FakeEngine, prefixes: Prefixes) -> None:
+    held = await prefixes.acquire(prompt(), 0, Source(None, "short"))
+    assert (held.name, held.record) == (None, wire.KvRecord("local", reason="short"))
+    assert engine.journal == []
+
+
+async def test_a_prompt_over_the_budget_is_computed_here(engine: FakeEngine, prefixes: Prefixes) -> None:
+    held = await prefixes.acquire(prompt(11), 0, Source(ticket(), ""))
+    assert held.record.reason == "too_large"
+    assert engine.journal == []
+
+
+@pytest.mark.parametrize("reason", ["disconnected", "stale_epoch", "prompt_mismatch"])
+async def test_a_failed_load_is_recomputed(engine: FakeEngine, prefixes: Prefixes, reason: str) -> None:
+    task = acquire(prefixes, Source(ticket(), ""))
+    load = await loading(engine)
+    engine.control.end(load.key, kv.Failed(load.key, reason))
+    held = await task
+    assert (held.name, held.record) == (None, wire.KvRecord("recomputed", reason=reason))
+    await until(lambda: prefixes.idle)
+    assert engine.journal[-1] == "release i0"
+    assert engine.count("commit i0") == 0
+
+
+async def test_a_ticket_for_another_number_of_ranks_is_refused(prefixes: Prefixes) -> None:
+    held = await prefixes.acquire(prompt(), 0, Source(ticket(endpoints=("tcp://a:1", "tcp://b:1")), ""))
+    assert held.record.reason == "ranks_differ"
+
+
+async def test_the_budget_is_given_first_come_first_served(engine: FakeEngine, prefixes: Prefixes) -> None:
+    order: list[str] = []
+    first = acquire(prefixes, Source(ticket(1), ""), 6)
+    load = await loading(engine)
+
+    async def wait_for(name: str, attempt: int, blocks: int) -> Held:
+        held = await acquire(prefixes, Source(ticket(attempt), ""), blocks)
+        order.append(name)
+        return held
+
+    large = asyncio.create_task(wait_for("large", 2, 8))
+    await asyncio.sleep(0)
+    small = asyncio.create_task(wait_for("small", 3, 2))
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert engine.control.loads.empty(), "the small one waits behind the large one"
+    engine.control.end(load.key, loaded(load))
+    prefixes.release(await first)
+    for _ in range(2):
+        load = await loading(engine)
+        engine.control.end(load.key, loaded(load))
+    for held in await asyncio.gather(large, small):
+        prefixes.release(held)
+    assert order == ["large", "small"]
+
+
+async def test_one_that_gives_up_waiting_lets_the_next_one_in(
+    engine: FakeEngine, prefixes: Prefixes
+) -> None:
+    first = acquire(prefixes, Source(ticket(1), ""), 6)
+    load = await loading(engine)
+    large = acquire(prefixes, Source(ticket(2), ""), 8)
+    small = acquire(prefixes, Source(ticket(3), ""), 2)
+    await asyncio.sleep(0)
+    await cancel(large)
+    second = await loading(engine)
+    assert second.key.attempt == 3
+    for task, load_ in ((first, load), (small, second)):
+        engine.control.end(load_.key, loaded(load_))
+        prefixes.release(await task)
+
+
+async def test_a_full_pool_is_asked_again(engine: FakeEngine, prefixes: Prefixes) -> None:
+    engine.full = 2
+    task = acquire(prefixes, Source(ticket(), ""))
+    load = await loading(engine)
+    engine.control.end(load.key, loaded(load))
+    prefixes.release(await task)
+    assert engine.count("begin i0") == 3
+
+
+@pytest.mark.parametrize("turns", range(12))
+async def test_a_cancel_at_any_turn_releases_once_and_after_the_load(
+    engine: FakeEngine, prefixes: Prefixes, turns: int
+) -> None:
+    task = acquire(prefixes, Source(ticket(), ""))
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    await cancel(task)
+    await until(lambda: prefixes.idle)
+    assert engine.count("release i0") == (turns > 0)
+    assert engine.count("load 1") == engine.count("ended 1")
+    if "load 1" in engine.journal:
+        assert engine.journal.index("ended 1") < engine.journal.index("release i0")
+
+
+async def test_the_blocks_are_kept_until_a_cancelled_load_has_ended(
+    engine: FakeEngine, prefixes: Prefixes
+) -> None:
+    engine.control.slow_unload = True
+    task = acquire(prefixes, Source(ticket(), ""))
+    load = await loading(engine)
+    for _ in range(3):  # the deadline, the router and the grace period may all cancel it
+        task.cancel()
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert not task.done()
+        assert engine.count("release i0") == 0
+    engine.control.end(load.key, kv.Failed(load.key, "cancelled"))
+    await cancel(task)
+    await until(lambda: prefixes.idle)
+    assert engine.journal[-2:] == ["ended 1", "release i0"]
+
+
+async def test_a_load_that_lasts_too_long_is_stopped(engine: FakeEngine) -> None:
+    prefixes = make(engine, timeout_s=0.05)
+    held = await asyncio.wait_for(acquire(prefixes, Source(ticket(), "")), DEADLINE_S)
+    assert held.record == wire.KvRecord("recomputed", reason="timeout")
+    await until(lambda: prefixes.idle)
+    assert engine.journal[-2:] == ["ended 1", "release i0"]
+
+
+async def test_a_lost_producer_is_replaced(engine: FakeEngine, prefixes: Prefixes) -> None:
+    source = Source(ticket(1), "")
+    task = acquire(prefixes, source)
+    await loading(engine)
+    source.change(ticket(2), "prefill_lost")
+    load = await loading(engine)
+    assert load.key.attempt == 2
+    engine.control.end(load.key, loaded(load))
+    held = await task
+    assert (held.record.path, held.record.transfers) == ("remote", 2)
+    prefixes.release(held)
+    assert engine.journal[:4] == ["begin i0", "load 1", "ended 1", "load 2"]
+
+
+async def test_a_lost_producer_without_another_is_recomputed(
+    engine: FakeEngine, prefixes: Prefixes
+) -> None:
+    source = Source(ticket(1), "")
+    task = acquire(prefixes, source)
+    await loading(engine)
+    source.change(None, "prefill_lost")
+    held = await task
+    assert held.record == wire.KvRecord("recomputed", reason="prefill_lost")
+
+
+async def test_a_producer_lost_before_the_load_began_does_not_cost_its_successor(
+    engine: FakeEngine, prefixes: Prefixes
+) -> None:
+    source = Source(ticket(1), "")
+    source.change(ticket(2), "prefill_lost")
+    task = acquire(prefixes, source)
+    load = await loading(engine)
+    assert load.key.attempt == 2
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert engine.control.unloads.empty()
+    engine.control.end(load.key, loaded(load))
+    held = await task
+    assert held.record.path == "remote"
+    prefixes.release(held)
+
+
+async def test_a_change_that_meets_the_end_of_the_load_is_followed(
+    engine: FakeEngine, prefixes: Prefixes
+) -> None:
+    source = Source(ticket(1), "")
+    task = acquire(prefixes, source)
+    load = await loading(engine)
+    engine.control.end(load.key, kv.Failed(load.key, "disconnected"))
+    source.change(ticket(2), "prefill_lost")
+    load = await loading(engine)
+    engine.control.end(load.key, loaded(load))
+    held = await task
+    assert held.record.path == "remote"
+    prefixes.release(held)
