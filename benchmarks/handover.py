@@ -106,6 +106,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--nice", type=int, default=0, help="added to the nice value of every stack and the client"
     )
     how.add_argument(
+        "--run-dir", type=Path, help="folder for the stacks' logs (default: one that is removed)"
+    )
+    how.add_argument(
         "--out", type=Path, default=ROOT / "benchmarks/results", help="folder of the JSON result"
     )
     return parser.parse_args(argv)
@@ -149,6 +152,7 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, run_dir: Path) -> None:
         self.args = args
+        run_dir.mkdir(parents=True, exist_ok=True)
         self.names = public_names(args, run_dir)
         self.started = datetime.now(UTC)
         self.settings = EngineSettings(args.model.resolve())
@@ -184,7 +188,9 @@ class Run:
             "benchmark": "handover",
             "started": self.started.isoformat(timespec="seconds"),
             "ended_by": self.ended_by,
-            "arguments": {key: str(value) for key, value in vars(self.args).items() if key != "out"},
+            "arguments": {
+                key: str(value) for key, value in vars(self.args).items() if key not in ("out", "run_dir")
+            },
             "machine": self.machine,
             "versions": versions(self.args),
             "launches": [process.launch.public(self.names) for process in processes],
@@ -215,10 +221,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     os.nice(args.nice)
     with ExitStack() as stack:
-        run_dir = Path(
-            stack.enter_context(tempfile.TemporaryDirectory(prefix="handover-", ignore_cleanup_errors=True))
+        run_dir = args.run_dir or stack.enter_context(
+            tempfile.TemporaryDirectory(prefix="handover-", ignore_cleanup_errors=True)
         )
-        run = Run(args, run_dir)
+        run = Run(args, Path(run_dir).resolve())
         stack.callback(run.bench.stop)
         try:
             run.measure()

@@ -60,8 +60,11 @@ class GuardedProcess:
         """Raise LaunchError, with the end of the log, when the process has ended."""
         code = self._guard.poll()
         if code is not None:
-            tail = self.log.read_text(errors="replace")[-2000:]
-            raise LaunchError(f"{self.launch.name} ended with status {code}; its log ends with:\n{tail}")
+            raise LaunchError(f"{self.launch.name} ended with status {code}; {self.tail()}")
+
+    def tail(self) -> str:
+        """The end of the process's log, for an error message."""
+        return f"the log of {self.launch.name} ends with:\n" + self.log.read_text(errors="replace")[-2000:]
 
     def freeze(self) -> None:
         """SIGSTOP the whole tree and wait until it has: it uses no CPU until `thaw()`. Idempotent."""

@@ -12,7 +12,7 @@ import httpx
 from benchmarks.process import GuardedProcess, LaunchError
 from benchmarks.prometheus import totals
 
-READY_TIMEOUT_S = 240.0
+READY_TIMEOUT_S = 300.0
 METRIC_PREFIXES = (
     "vllm:nixl_",
     "vllm:prefix_cache_",
@@ -134,7 +134,8 @@ def wait_until_ready(url: str, processes: list[GuardedProcess], timeout_s: float
         for process in processes:
             process.check_alive()
         if time.monotonic() > deadline:
-            raise LaunchError(f"{url} was not ready within {timeout_s:.0f} s")
+            logs = "\n".join(process.tail() for process in processes)
+            raise LaunchError(f"{url} was not ready within {timeout_s:.0f} s; {logs}")
         time.sleep(0.1)
 
 

@@ -178,7 +178,7 @@ class Prefixes:
             for endpoint in ticket.endpoints
         ]
         loaded = engine.control.expect(("load", key))
-        changed = asyncio.create_task(source.changed())
+        changed = asyncio.create_task(source.changed(ticket))
         try:
             await engine.control.send(commands)
             await asyncio.wait((loaded, changed), return_when=asyncio.FIRST_COMPLETED)

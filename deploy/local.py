@@ -165,7 +165,7 @@ class Cluster:
     def wait_ready(
         self, timeout: float | None = None, on_poll: Callable[[Cluster], None] | None = None
     ) -> Self:
-        """Wait until the router is ready to serve.
+        """Wait until the router is ready to serve and knows all its workers.
 
         Args:
             timeout: in seconds; default ``start_timeout_s``.
@@ -177,7 +177,7 @@ class Cluster:
         limit = self.settings.start_timeout_s if timeout is None else timeout
         deadline = time.monotonic() + limit
         with httpx.Client(timeout=5, trust_env=False) as client:
-            while not is_ready(client, self.url):
+            while not (is_ready(client, self.url) and self._complete(client)):
                 self.check_alive()
                 if time.monotonic() > deadline:
                     raise ClusterError(self._not_ready(limit))
@@ -341,6 +341,11 @@ class Cluster:
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
 
+    def _complete(self, client: httpx.Client) -> bool:
+        """Whether every worker is up, as far as the router tells without a key."""
+        up = registered(client, self.url)
+        return up is None or up >= set(self.children)
+
     def _not_ready(self, limit: float) -> str:
         logs = "\n".join(f"{name}:\n{self.tail(name, 3)}" for name in self.children)
         return f"not ready after {limit:.0f} s; the logs in {self.run_dir} end with:\n{logs}"
@@ -500,6 +505,18 @@ def is_ready(client: httpx.Client, url: str) -> bool:
         return client.get(f"{url}/ready").status_code == 200
     except httpx.HTTPError:
         return False
+
+
+def registered(client: httpx.Client, url: str) -> set[str] | None:
+    """Names of the processes that are up: the router once it answers, and the workers it knows. None
+    where only holders of an API key may know."""
+    try:
+        answer = client.get(f"{url}/cluster")
+        if answer.status_code in (401, 403):
+            return None
+        return {"router", *(str(worker["worker"]) for worker in answer.json()["workers"])}
+    except (httpx.HTTPError, ValueError, KeyError, TypeError):
+        return set()
 
 
 def free_port() -> int:

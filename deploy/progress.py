@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from deploy.local import Cluster, last_lines
+from deploy.local import Cluster, last_lines, registered
 
 QUIET_S = 10.0
 """Longest silence where there is no terminal."""
@@ -43,7 +43,7 @@ class Progress:
 
     def update(self) -> None:
         """Show the state of now."""
-        up = registered(self._client, self._cluster.url)
+        up = registered(self._client, self._cluster.url) or set()
         if self._console.is_terminal:
             self._live.update(self._table(up))
         else:
@@ -72,15 +72,6 @@ class Progress:
                 f"{now - self._begun:4.0f} s  waiting for {', '.join(waiting) or 'the router'}"
             )
             self._spoke = now
-
-
-def registered(client: httpx.Client, url: str) -> set[str]:
-    """Names of the processes that are up: the router once it answers, and the workers it knows."""
-    try:
-        state = client.get(f"{url}/cluster").json()
-        return {"router", *(str(worker["worker"]) for worker in state["workers"])}
-    except (httpx.HTTPError, ValueError, KeyError, TypeError):
-        return set()
 
 
 def last_event(log: Path) -> str:

@@ -66,10 +66,10 @@ class Loop(threading.Thread):
 
     def stop(self) -> None:
         """Stop and wait. Calls queued before are still made. Idempotent."""
-        self.call_soon(self._stop)
+        self.call_soon(self._end)
         self.join()
 
-    def _stop(self) -> None:
+    def _end(self) -> None:  # not `_stop`: that is threading.Thread's own
         self._stopping = True
 
     def run(self) -> None:

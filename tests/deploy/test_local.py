@@ -142,6 +142,18 @@ def test_a_process_that_ends_while_starting_is_explained(tmp_path: Path) -> None
         cluster.wait_ready(20)
 
 
+def test_a_cluster_is_ready_when_the_router_knows_all_workers(tmp_path: Path) -> None:
+    programs = {"router": ROUTER, "decode-0": SLEEPER, "decode-1": SLEEPER}
+    with FakeCluster(tmp_path, programs) as cluster, pytest.raises(ClusterError, match="not ready"):
+        cluster.wait_ready(2)
+
+
+def test_a_router_that_wants_a_key_is_believed(tmp_path: Path) -> None:
+    router = ROUTER.replace("send_response(200)", "send_response(200 if self.path == '/ready' else 401)")
+    with FakeCluster(tmp_path, {"router": router, "decode-1": SLEEPER}) as cluster:
+        cluster.wait_ready(20)
+
+
 def test_a_start_that_takes_too_long_shows_the_logs(tmp_path: Path) -> None:
     programs = {"router": SLEEPER}
     with (

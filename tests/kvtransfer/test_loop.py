@@ -92,6 +92,7 @@ def test_stop_runs_what_was_queued_and_closes_the_sockets() -> None:
         loop.stop()
         assert ran.is_set()
         assert inside.closed
+        assert not loop.is_alive()
         outside.close(linger=0)
 
 

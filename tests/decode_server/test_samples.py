@@ -1,0 +1,272 @@
+"""The n requests of one prompt, over a scripted engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from braid import wire
+
+pytestmark = pytest.mark.slow
+
+DEADLINE_S = 60.0
+BLOCK = 4
+
+
+class ScriptedLLM:
+    """Its ``plain`` plays a sample's script: numbers are tokens, events are waited for, errors raised.
+
+    ``scripts`` is by engine request id; ``asked`` notes the sampling parameters it got.
+    """
+
+    def __init__(self, scripts: dict[str, list[Any]] | None = None) -> None:
+        self.scripts = scripts or {}
+        self.asked: dict[str, Any] = {}
+        self.ended: list[str] = []
+        self.vllm_config = SimpleNamespace(cache_config=SimpleNamespace(block_size=BLOCK))
+
+    async def plain(self, prompt: Any, params: Any, request_id: str, **options: Any) -> AsyncIterator[Any]:
+        from vllm.sampling_params import RequestOutputKind
+
+        self.asked[request_id] = params
+        tokens: list[int] = []
+        final = params.output_kind == RequestOutputKind.FINAL_ONLY
+        try:
+            for part in self.scripts.get(request_id, [1, 2]):
+                if isinstance(part, asyncio.Event):
+                    await part.wait()
+                elif isinstance(part, Exception):
+                    raise part
+                else:
+                    tokens.append(part)
+                    if not final:
+                        yield output(request_id, [part], finished=False)
+            yield output(request_id, tokens if final else [], finished=True)
+        finally:
+            self.ended.append(request_id)
+
+
+def output(request_id: str, tokens: list[int], finished: bool) -> Any:
+    from vllm.outputs import CompletionOutput, RequestOutput
+
+    reason = "stop" if finished else None
+    text = f"{request_id}:{tokens}"
+    completion = CompletionOutput(0, text, tokens, 0.0, None, finish_reason=reason)
+    return RequestOutput(request_id, None, list(range(9)), None, [completion], finished, num_cached_tokens=8)
+
+
+class Run:
+    """One prompt's samples: what they need, and what came of them."""
+
+    def __init__(
+        self, llm: ScriptedLLM, n: int, *, final: bool, first: int = 0, report: bool = False, **params: Any
+    ) -> None:
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+        from decode_server.llm import Job, _Samples
+        from decode_server.prefix import Held, Source
+
+        kind = RequestOutputKind.FINAL_ONLY if final else RequestOutputKind.DELTA
+        self.params = SamplingParams(n=n, output_kind=kind, **params)
+        self.reports: list[tuple[int, Any, str]] = []
+        self.job = Job(Source(None, ""), SimpleNamespace(), first)  # type: ignore[arg-type]
+        if report:
+            self.job.on_sample = lambda *what: self.reports.append(what)
+        self.held = Held("i0", wire.KvRecord("remote", blocks_cached=1))
+        self.samples = _Samples(llm, self.job, 0, self.held, "prompt", self.params, "r", {})  # type: ignore[arg-type]
+
+    async def outputs(self) -> list[Any]:
+        async with asyncio.timeout(DEADLINE_S):
+            return [o async for o in self.samples.outputs()]
+
+
+def texts(output: Any) -> list[tuple[int, str]]:
+    return [(c.index, c.text) for c in output.outputs]
+
+
+async def test_the_final_output_has_every_sample_in_order() -> None:
+    later = asyncio.Event()
+    llm = ScriptedLLM({"r-0": [later, 5], "r-1": [6], "r-2": [7]})
+    task = asyncio.create_task(Run(llm, 3, final=True).outputs())
+    while len(llm.ended) < 2:
+        await asyncio.sleep(0)
+    later.set()
+    (merged,) = await task
+    assert texts(merged) == [(0, "r-0:[5]"), (1, "r-1:[6]"), (2, "r-2:[7]")]
+
+
+async def test_deltas_come_as_they_are_made_under_their_index() -> None:
+    later = asyncio.Event()
+    llm = ScriptedLLM({"r-0": [later, 5], "r-1": [6]})
+    run = Run(llm, 2, final=False)
+    outputs = run.samples.outputs()
+    first = await anext(outputs)
+    assert texts(first) == [(1, "r-1:[6]")]
+    later.set()
+    rest = [text for o in [o async for o in outputs] for text in texts(o)]
+    assert sorted(rest) == [(0, "r-0:[5]"), (0, "r-0:[]"), (1, "r-1:[]")]
+    assert run.job.generated == {0: 1, 1: 1}
+
+
+async def test_each_sample_is_a_request_of_its_own() -> None:
+    from decode_server.seeds import sample_seed
+    from kvtransfer.adapter.connector import PARAM
+
+    llm = ScriptedLLM()
+    await Run(llm, 2, final=True, first=3, seed=11, extra_args={"kv_transfer_params": "x", "a": 1}).outputs()
+    assert sorted(llm.asked) == ["r-3", "r-4"]
+    for name, params in llm.asked.items():
+        assert params.n == 1
+        assert params.seed == sample_seed(11, int(name[2:]))
+        assert params.extra_args == {"a": 1, "kv_transfer_params": {PARAM: "i0"}}
+
+
+async def test_seeds_do_not_depend_on_how_the_group_is_split() -> None:
+    whole, parts = ScriptedLLM(), ScriptedLLM()
+    await Run(whole, 4, final=True, seed=11).outputs()
+    await Run(parts, 1, final=True, seed=11).outputs()
+    await Run(parts, 3, final=True, seed=11, first=1).outputs()
+    seeds = [{name: params.seed for name, params in llm.asked.items()} for llm in (whole, parts)]
+    assert seeds[0] == seeds[1]
+
+
+async def test_a_failed_sample_fails_a_plain_request_and_ends_its_siblings() -> None:
+    llm = ScriptedLLM({"r-0": [asyncio.Event()], "r-1": [1, ValueError("broken")]})
+    run = Run(llm, 2, final=True)
+    with pytest.raises(ValueError, match="broken"):
+        await run.outputs()
+    assert sorted(llm.ended) == ["r-0", "r-1"]
+    assert run.job.samples == {}
+
+
+async def test_a_failed_sample_of_a_group_is_reported_and_its_siblings_go_on() -> None:
+    llm = ScriptedLLM({"r-0": [ValueError("broken")], "r-1": [5]})
+    run = Run(llm, 2, final=True, report=True)
+    (merged,) = await run.outputs()
+    assert texts(merged) == [(1, "r-1:[5]")]
+    assert sorted((number, error) for number, _, error in run.reports) == [(0, "ValueError: broken"), (1, "")]
+
+
+async def test_a_group_whose_samples_all_fail_has_no_output() -> None:
+    llm = ScriptedLLM({f"r-{i}": [ValueError("broken")] for i in range(2)})
+    run = Run(llm, 2, final=True, report=True)
+    assert await run.outputs() == []
+    assert [last for _, last, _ in run.reports] == [None, None]
+
+
+async def test_leaving_ends_the_samples_that_run() -> None:
+    llm = ScriptedLLM({"r-0": [1, asyncio.Event()], "r-1": [2, asyncio.Event()]})
+    run = Run(llm, 2, final=False)
+    outputs = run.samples.outputs()
+    await anext(outputs)
+    await outputs.aclose()
+    assert sorted(llm.ended) == ["r-0", "r-1"]
+    assert run.job.samples == {}
+
+
+async def test_a_reported_sample_is_itself_whichever_ended_first() -> None:
+    """The joint output is made of the samples' outputs while these are still being reported."""
+    llm = ScriptedLLM({"r-0": [5], "r-1": [6]})
+    llm.scripts["r-0"].insert(0, second := asyncio.Event())
+    run = Run(llm, 2, final=True, report=True)
+    note = run.job.on_sample
+    assert note is not None
+
+    def on_sample(number: int, last: Any, error: str) -> None:
+        note(number, last, error)
+        second.set()
+
+    run.job.on_sample = on_sample
+    await run.outputs()
+    assert {number: texts(last) for number, last, _ in run.reports} == {
+        0: [(0, "r-0:[5]")],
+        1: [(1, "r-1:[6]")],
+    }
+
+
+@pytest.mark.parametrize(("report", "logprobs"), [(True, 0), (False, None)])
+async def test_reported_samples_carry_their_log_probability(report: bool, logprobs: int | None) -> None:
+    llm = ScriptedLLM()
+    await Run(llm, 1, final=True, report=report).outputs()
+    assert llm.asked["r-0"].logprobs == logprobs
+
+
+async def test_cached_tokens_are_those_that_were_not_transferred() -> None:
+    run = Run(ScriptedLLM(), 1, final=True)
+    (merged,) = await run.outputs()
+    assert merged.num_cached_tokens == run.job.cached_tokens == BLOCK
+    assert run.job.prompt_tokens == 9
+
+
+class FakePrefixes:
+    """Prefixes whose loads end in the order that a test chooses."""
+
+    def __init__(self, journal: list[str]) -> None:
+        self.journal = journal
+        self.gates: dict[int, asyncio.Event] = {}
+
+    async def acquire(self, prompt: Any, part: int, source: Any) -> Any:
+        from decode_server.prefix import Held
+
+        await self.gates.setdefault(part, asyncio.Event()).wait()
+        return Held(f"i{part}", wire.KvRecord("remote"))
+
+    def release(self, held: Any) -> None:
+        self.journal.append("released")
+
+
+@pytest.fixture
+def generate() -> Callable[..., Any]:
+    """``DecodeLLM.generate`` for a job, over a scripted engine."""
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+    from decode_server.llm import JOB, DecodeLLM, Job
+    from decode_server.prefix import Source
+
+    def make(llm: Any, prefixes: FakePrefixes, prompts: int = 1, **params: Any) -> list[Any]:
+        JOB.set(Job(Source(None, ""), prefixes))  # type: ignore[arg-type]
+        llm._acquire = lambda *args: DecodeLLM._acquire(llm, *args)
+        fields = {"n": 2, "output_kind": RequestOutputKind.DELTA, **params}
+        return [
+            DecodeLLM.generate(
+                llm, {"type": "token", "prompt_token_ids": [part]}, SamplingParams(**fields), f"r{part}"
+            )
+            for part in range(prompts)
+        ]
+
+    return make
+
+
+async def test_prompts_of_a_body_keep_their_seeds_whichever_is_loaded_first(
+    generate: Callable[..., Any],
+) -> None:
+    llm, prefixes = ScriptedLLM(), FakePrefixes([])
+
+    async def drain(outputs: Any) -> None:
+        async for _ in outputs:
+            pass
+
+    tasks = [asyncio.create_task(drain(o)) for o in generate(llm, prefixes, prompts=2, seed=3)]
+    while len(prefixes.gates) < 2:
+        await asyncio.sleep(0)
+    for part in (1, 0):
+        prefixes.gates[part].set()
+        await asyncio.wait_for(tasks[part], DEADLINE_S)
+    assert sorted(llm.asked) == ["r0-0", "r0-1", "r1-2", "r1-3"]
+    assert len({params.seed for params in llm.asked.values()}) == 4
+
+
+async def test_an_import_is_released_after_its_samples_have_ended(generate: Callable[..., Any]) -> None:
+    llm = ScriptedLLM({"r0-0": [1, asyncio.Event()], "r0-1": [asyncio.Event()]})
+    prefixes = FakePrefixes(llm.ended)
+    prefixes.gates[0] = asyncio.Event()
+    prefixes.gates[0].set()
+    (outputs,) = generate(llm, prefixes)
+    await anext(outputs)
+    await outputs.aclose()
+    assert llm.ended[-1] == "released"
+    assert sorted(llm.ended[:-1]) == ["r0-0", "r0-1"]

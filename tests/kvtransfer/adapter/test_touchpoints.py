@@ -1,0 +1,113 @@
+"""Each private place of vLLM that the adapter touches is where it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from kvtransfer.adapter.guards import TOUCHPOINTS
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("name", TOUCHPOINTS)
+def test_a_touchpoint_exists(name: str) -> None:
+    import ast
+    import importlib
+    import inspect
+    import textwrap
+
+    module, kind, attribute = name.rsplit(".", 2)
+    owner = getattr(importlib.import_module(module), kind)
+    if hasattr(owner, attribute):
+        return
+    # an attribute of the instance: EngineCore's constructor sets it
+    tree = ast.parse(textwrap.dedent(inspect.getsource(owner.__init__)))
+    set_ = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert attribute in set_
+
+
+@pytest.fixture
+def runner_class(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """vLLM's runner with a stand-in for what the guard wraps: it draws, and rewinds what it discards."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    from kvtransfer.adapter.guards import guard_seeded_chunks
+
+    def sample(self: Any, *args: Any) -> list[float]:
+        return [float(torch.rand(1, generator=g)) for _, g in sorted(self.input_batch.generators.items())]
+
+    def bookkeep(self: Any) -> list[int]:
+        return sorted(self.input_batch.generators)
+
+    monkeypatch.setattr(GPUModelRunner, "_sample", sample)
+    monkeypatch.setattr(GPUModelRunner, "_bookkeeping_sync", bookkeep)
+    guard_seeded_chunks()
+    yield GPUModelRunner
+
+
+def make_runner(discard: list[bool]) -> Any:
+    """A minimal stand-in for a runner: row i has a generator seeded with i."""
+    generators = {i: torch.Generator().manual_seed(i) for i in range(len(discard))}
+    mask = np.array([*discard, True, True])  # longer than the batch, as vLLM's buffer
+    return SimpleNamespace(
+        input_batch=SimpleNamespace(generators=generators, num_reqs=len(discard)),
+        discard_request_mask=SimpleNamespace(np=mask),
+    )
+
+
+def test_the_generators_of_discarded_rows_are_left_as_they_were(runner_class: Any) -> None:
+    runner = make_runner([True, False, True])
+    before = {i: g.get_state() for i, g in runner.input_batch.generators.items()}
+    runner_class._sample(runner)
+    after = {i: g.get_state() for i, g in runner.input_batch.generators.items()}
+    assert [torch.equal(before[i], after[i]) for i in range(3)] == [True, False, True]
+
+
+def test_samples_do_not_depend_on_the_number_of_chunks(runner_class: Any) -> None:
+    chunked, whole = make_runner([True]), make_runner([False])
+    runner_class._sample(chunked)
+    runner_class._sample(chunked)
+    chunked.discard_request_mask.np[:] = False
+    assert runner_class._sample(chunked) == runner_class._sample(whole)
+
+
+def test_the_bookkeeping_sees_only_the_rows_that_sampled(runner_class: Any) -> None:
+    runner = make_runner([True, False, True])
+    assert runner_class._bookkeeping_sync(runner) == [1]
+    assert sorted(runner.input_batch.generators) == [0, 1, 2]
+
+
+def test_generators_are_restored_when_sampling_fails(runner_class: Any) -> None:
+    runner = make_runner([True])
+    before = runner.input_batch.generators[0].get_state()
+    runner.input_batch.generators[1] = "not a generator"  # the stand-in fails after row 0
+    with pytest.raises(TypeError):
+        runner_class._sample(runner)
+    assert torch.equal(runner.input_batch.generators[0].get_state(), before)
+
+
+def test_the_import_calls_are_utility_methods_of_the_engine_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.engine.core import EngineCore
+
+    from kvtransfer.adapter.connector import _install_utilities
+
+    names = ("braid_begin", "braid_commit", "braid_release", "braid_stats")
+    for name in names:
+        monkeypatch.setattr(EngineCore, name, None, raising=False)
+    _install_utilities()
+    assert all(callable(getattr(EngineCore, name)) for name in names)
+
+
+@pytest.mark.parametrize(
+    "name", ["get_computed_blocks", "allocate_slots", "cache_blocks", "free", "get_block_ids"]
+)
+def test_the_block_manager_has_what_imports_call(name: str) -> None:
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+
+    assert callable(getattr(KVCacheManager, name))
