@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import socket
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -63,7 +62,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     what = parser.add_argument_group("what is measured")
-    what.add_argument("--model", type=Path, required=True, help="model folder with its tokenizer.json")
+    what.add_argument("--model", type=absolute, required=True, help="model folder with its tokenizer.json")
     what.add_argument("--stacks", nargs="+", choices=STACKS, default=list(STACKS))
     what.add_argument("--requests", type=int, default=200, help="requests per stack and prompt length")
     what.add_argument("--lengths", type=int, nargs="+", default=[100, 1000, 3400], help="prompt tokens")
@@ -106,12 +105,17 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--nice", type=int, default=0, help="added to the nice value of every stack and the client"
     )
     how.add_argument(
-        "--run-dir", type=Path, help="folder for the stacks' logs (default: one that is removed)"
+        "--run-dir", type=absolute, help="folder for the stacks' logs (default: one that is removed)"
     )
     how.add_argument(
         "--out", type=Path, default=ROOT / "benchmarks/results", help="folder of the JSON result"
     )
     return parser.parse_args(argv)
+
+
+def absolute(path: str) -> Path:
+    """A path given by the user, absolute, as the stacks run in another folder."""
+    return Path(path).resolve()
 
 
 def interpreter(name: str) -> str:
@@ -130,11 +134,10 @@ def launchers(args: argparse.Namespace, settings: EngineSettings, run_dir: Path)
 
 
 def public_names(args: argparse.Namespace, run_dir: Path) -> dict[str, str]:
-    """What stands in the result for this machine's paths and name."""
+    """What stands in the result for this machine's paths."""
     pythons = {interpreter(name) for name in (args.plain_python, args.peer_python, args.braid_python) if name}
     folders = {f"{Path(python).parent}/": "" for python in pythons}
-    model = {str(args.model.resolve()): "MODEL", str(args.model): "MODEL"}
-    return {**folders, **model, str(run_dir): "RUN_DIR", str(ROOT): "BRAID", socket.gethostname(): "HOST"}
+    return {**folders, str(args.model): "MODEL", str(run_dir): "RUN_DIR", str(ROOT): "BRAID"}
 
 
 def versions(args: argparse.Namespace) -> dict[str, dict[str, str]]:
@@ -155,7 +158,7 @@ class Run:
         run_dir.mkdir(parents=True, exist_ok=True)
         self.names = public_names(args, run_dir)
         self.started = datetime.now(UTC)
-        self.settings = EngineSettings(args.model.resolve())
+        self.settings = EngineSettings(args.model)
         pace = Pace(idle=args.idle, quiet_cores=args.quiet_cores, patience_s=args.patience_s)
         self.bench = SideBySide(launchers(args, self.settings, run_dir), Prompts(args.model, args.seed), pace)
         self.handover: list[HandoverRecord] = []
@@ -201,7 +204,7 @@ class Run:
         }
 
     def save(self) -> Path:
-        """Write the result with every name of this machine replaced."""
+        """Write the result with every path of this machine replaced."""
         text = msgspec.json.encode(self.result()).decode()
         text = msgspec.json.format(replace_all(text, self.names), indent=1)
         self.args.out.mkdir(parents=True, exist_ok=True)
@@ -224,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run_dir = args.run_dir or stack.enter_context(
             tempfile.TemporaryDirectory(prefix="handover-", ignore_cleanup_errors=True)
         )
-        run = Run(args, Path(run_dir).resolve())
+        run = Run(args, Path(run_dir))
         stack.callback(run.bench.stop)
         try:
             run.measure()

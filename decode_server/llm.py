@@ -33,6 +33,7 @@ class Job:
         on_sample: set in mode ``samples``: every sample is reported when it ends.
         held: one entry a prompt of the body, as they come.
         samples: engine request ids of the running samples, by their number in the group.
+        cancelled: numbers of samples that the router no longer wants, also of those not yet begun.
         generated: tokens generated so far, by sample number, also of cancelled samples.
     """
 
@@ -43,6 +44,7 @@ class Job:
     parts: int = 0
     held: list[Held] = field(default_factory=list)
     samples: dict[int, str] = field(default_factory=dict)
+    cancelled: set[int] = field(default_factory=set)
     generated: dict[int, int] = field(default_factory=dict)
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -167,12 +169,13 @@ class _Samples:
         job.generated[number] = 0
         engine_id = job.samples[number] = f"{self._request_id}-{number}"
         try:
-            stream = self._llm.plain(self._prompt, self._child_params(i), engine_id, **self._options)
-            async for output in stream:
-                self._account(output, number)
-                output.outputs[0].index = i
-                last = output if output.finished else last
-                self._queue.put_nowait(output)
+            if number not in job.cancelled:
+                stream = self._llm.plain(self._prompt, self._child_params(i), engine_id, **self._options)
+                async for output in stream:
+                    self._account(output, number)
+                    output.outputs[0].index = i
+                    last = output if output.finished else last
+                    self._queue.put_nowait(output)
             self._queue.put_nowait(None)
         except Exception as failure:
             error = f"{type(failure).__name__}: {failure}"

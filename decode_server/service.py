@@ -65,6 +65,7 @@ class DecodeService:
         if message.samples is None:
             dispatch.task.cancel()
             return
+        dispatch.job.cancelled.update(message.samples)
         wanted = [dispatch.job.samples[i] for i in message.samples if i in dispatch.job.samples]
         if wanted:
             asyncio.get_running_loop().create_task(self._engine.llm.abort(wanted))
@@ -193,7 +194,7 @@ class DecodeService:
         self, ref: int, maker: ChoiceMaker, number: int, output: RequestOutput | None, error: str
     ) -> None:
         if output is None:
-            self._send(wire.Sample(ref, number, "failed", error=error or "no output"))
+            self._send(wire.Sample(ref, number, "failed" if error else "cancelled", error=error))
             return
         completion = output.outputs[0]
         choice, text = await maker.make(output)

@@ -19,7 +19,7 @@ DEADLINE_S = 60.0
 def loop() -> Iterator[Loop]:
     loop = Loop("test")
     yield loop
-    if not loop.is_alive():
+    if loop.ident is None:
         loop.start()
     loop.stop()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,7 +32,7 @@ def test_a_touchpoint_exists(name: str) -> None:
 
 
 @pytest.fixture
-def runner_class(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def runner_class(monkeypatch: pytest.MonkeyPatch) -> Any:
     """vLLM's runner with a stand-in for what the guard wraps: it draws, and rewinds what it discards."""
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -48,7 +47,7 @@ def runner_class(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setattr(GPUModelRunner, "_sample", sample)
     monkeypatch.setattr(GPUModelRunner, "_bookkeeping_sync", bookkeep)
     guard_seeded_chunks()
-    yield GPUModelRunner
+    return GPUModelRunner
 
 
 def make_runner(discard: list[bool]) -> Any:
