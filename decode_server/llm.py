@@ -95,8 +95,9 @@ class DecodeLLM(AsyncLLM):
         finally:
             job.prefixes.release(held)
 
-    async def _acquire(self, job: Job, prompt: Any, params: SamplingParams, options: dict[str, Any]) -> Held:
-        part, job.parts = job.parts, job.parts + 1
+    async def _acquire(
+        self, job: Job, part: int, prompt: Any, params: SamplingParams, options: dict[str, Any]
+    ) -> Held:
         shared = shareable(prompt, options.get("lora_request"))
         if shared is None or params.prompt_logprobs is not None or shared.adapter:
             held = Held(None, wire.KvRecord("local", reason="unshareable"))
@@ -176,6 +177,7 @@ class _Samples:
                     output.outputs[0].index = i
                     last = output if output.finished else last
                     self._queue.put_nowait(output)
+                error = "" if last is not None else "no output"
             self._queue.put_nowait(None)
         except Exception as failure:
             error = f"{type(failure).__name__}: {failure}"

@@ -7,8 +7,9 @@ Life of a lease::
                                         +---- close(cancelled, ...) -------+
 
 A lease is closed when every expected subscriber is done or has dropped it, when its owner closes it,
-or ``lease_s`` after it was complete and no subscriber was heard of. Subscriptions may come before the
-lease is opened (both are dispatched at the same time); they wait for ``lease_s`` at most.
+or ``lease_s`` after the last piece or word of a subscriber (one that waits says so every few seconds). Subscriptions may come before the
+lease is opened (both are dispatched at the same time, and a prompt may queue at the producer); they wait for
+``lease_s`` after their subscriber was last heard of.
 """
 
 from __future__ import annotations
@@ -48,10 +49,6 @@ class Lease(Generic[P]):
     heard: float = 0.0
 
     @property
-    def complete(self) -> bool:
-        return self.published == self.blocks
-
-    @property
     def spent(self) -> bool:
         """Every expected subscriber has ended."""
         return sum(s.done for s in self.subscribers.values()) >= self.expected
@@ -62,7 +59,7 @@ class LeaseTable(Generic[P]):
 
     Args:
         capacity: bytes that may be reserved at the same time.
-        lease_s: seconds a complete lease is kept without hearing from a subscriber.
+        lease_s: seconds a lease is kept without a new piece and without hearing from a subscriber.
         clock: monotonic seconds.
     """
 
@@ -127,9 +124,11 @@ class LeaseTable(Generic[P]):
         return lease
 
     def alive(self, key: Key) -> None:
-        """A subscriber still waits: its lease lives on."""
+        """A subscriber still waits: its lease lives on, and so does a subscription before its lease."""
         if (lease := self.held.get(key)) is not None:
             lease.heard = self._clock()
+        elif (early := self.early.get(key)) is not None:
+            self.early[key] = (self._clock(), early[1])
 
     def end_subscriber(self, key: Key, address: bytes) -> bool:
         """A consumer is done or has dropped the lease. Returns whether the lease is now spent."""
@@ -154,7 +153,7 @@ class LeaseTable(Generic[P]):
     def overdue(self) -> tuple[list[Key], list[tuple[Key, list[Subscriber]]]]:
         """Keys of leases to close, and early subscriptions to refuse (forgotten here)."""
         limit = self._clock() - self.lease_s
-        expired = [key for key, lease in self.held.items() if lease.complete and lease.heard < limit]
+        expired = [key for key, lease in self.held.items() if lease.heard < limit]
         lapsed = [(key, list(subs.values())) for key, (at, subs) in self.early.items() if at < limit]
         for key, _ in lapsed:
             del self.early[key]

@@ -140,7 +140,7 @@ class Link:
         self._settings = settings
         self._registry = registry
         self._metrics = metrics
-        self._refs = itertools.count(1)
+        self._refs = itertools.count(secrets.randbits(62))
         self._table: dict[int, Dispatch] = {}
         self._outbox: dict[Worker, list[bytes]] = {}
         self._flushing = False

@@ -238,7 +238,7 @@ class _SchedulerSide:
             before.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
             for request_id, scheduled in output.num_scheduled_tokens.items():
                 if (saving := self.saving.get(request_id)) is not None:
-                    self._save(meta, output, request_id, saving, before[request_id] + scheduled)
+                    self._try_save(meta, output, request_id, saving, before[request_id] + scheduled)
         return meta
 
     def _start_saving(self, new: Any) -> None:
@@ -246,6 +246,14 @@ class _SchedulerSide:
         key = _param(extra.get("kv_transfer_params"))
         if isinstance(key, list | tuple) and new.prompt_token_ids is not None:
             self.saving[new.req_id] = _Saving((key[0], key[1], key[2]), len(new.prompt_token_ids))
+
+    def _try_save(self, meta: StepMeta, output: Any, request_id: str, saving: _Saving, computed: int) -> None:
+        """One request's trouble costs its own transfer only; its lease then expires."""
+        try:
+            self._save(meta, output, request_id, saving, computed)
+        except Exception:
+            log.exception("kv_save_failed", extra={"ticket": saving.key[0].hex()})
+            del self.saving[request_id]
 
     def _save(self, meta: StepMeta, output: Any, request_id: str, saving: _Saving, computed: int) -> None:
         done = finished_blocks(computed, saving.prompt, self.block_size)

@@ -100,21 +100,9 @@ def test_a_run_measures_saves_and_shows(
     for name in ("plain", "peer", "braid"):
         monkeypatch.setattr(handover, f"launch_{name}", fake_launcher("nixl" if name == "peer" else name))
     out = tmp_path / "out"
-    argv = [
-        "--model",
-        str(model),
-        "--out",
-        str(out),
-        "--run-dir",
-        str(tmp_path / "run"),
-        "--idle",
-        idle,
-        "--patience-s",
-        "0",
-        "--requests",
-        "1",
-    ]
-    argv += ["--lengths", "5", "1", "--fanout-rounds", "1", "--samples", "4"]
+    argv = ["--model", str(model), "--out", str(out), "--run-dir", str(tmp_path / "run"), "--idle", idle]
+    argv += ["--patience-s", "0", "--requests", "1", "--lengths", "5", "1"]
+    argv += ["--fanout-rounds", "1", "--samples", "4"]
     assert handover.main(argv) == 0
     (path,) = out.glob("handover-*.json")
     result = json.loads(path.read_text())

@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-collect_ignore = [] if find_spec("vllm") else ["test_samples.py"]
+collect_ignore = [] if find_spec("vllm") else ["test_samples.py", "test_service.py"]

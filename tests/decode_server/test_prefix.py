@@ -138,9 +138,7 @@ async def test_the_budget_is_given_first_come_first_served(engine: FakeEngine, p
     assert order == ["large", "small"]
 
 
-async def test_one_that_gives_up_waiting_lets_the_next_one_in(
-    engine: FakeEngine, prefixes: Prefixes
-) -> None:
+async def test_one_that_gives_up_waiting_lets_the_next_one_in(engine: FakeEngine, prefixes: Prefixes) -> None:
     first = acquire(prefixes, Source(ticket(1), ""), 6)
     load = await loading(engine)
     large = acquire(prefixes, Source(ticket(2), ""), 8)
@@ -218,9 +216,7 @@ async def test_a_lost_producer_is_replaced(engine: FakeEngine, prefixes: Prefixe
     assert engine.journal[:4] == ["begin i0", "load 1", "ended 1", "load 2"]
 
 
-async def test_a_lost_producer_without_another_is_recomputed(
-    engine: FakeEngine, prefixes: Prefixes
-) -> None:
+async def test_a_lost_producer_without_another_is_recomputed(engine: FakeEngine, prefixes: Prefixes) -> None:
     source = Source(ticket(1), "")
     task = acquire(prefixes, source)
     await loading(engine)

@@ -11,7 +11,7 @@ import pytest
 
 from braid import wire
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # importing vLLM can take minutes on a busy machine
 
 DEADLINE_S = 60.0
 BLOCK = 4
@@ -156,6 +156,16 @@ async def test_a_group_whose_samples_all_fail_has_no_output() -> None:
     run = Run(llm, 2, final=True, report=True)
     assert await run.outputs() == []
     assert [last for _, last, _ in run.reports] == [None, None]
+
+
+async def test_a_sample_cancelled_before_it_began_never_runs() -> None:
+    llm = ScriptedLLM()
+    run = Run(llm, 3, final=True, first=4, report=True)
+    run.job.cancelled.add(5)
+    (merged,) = await run.outputs()
+    assert sorted(llm.asked) == ["r-4", "r-6"]
+    assert [index for index, _ in texts(merged)] == [0, 2]
+    assert (5, None, "") in run.reports
 
 
 async def test_leaving_ends_the_samples_that_run() -> None:

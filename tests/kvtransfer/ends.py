@@ -140,9 +140,7 @@ class ConsumerEnd(Thread):
         )
         self.loop.start()
 
-    def load(
-        self, key: wire.Key, endpoint: str, block_ids: tuple[int, ...], **changes: object
-    ) -> None:
+    def load(self, key: wire.Key, endpoint: str, block_ids: tuple[int, ...], **changes: object) -> None:
         """Load the prompt's blocks from ``first`` (0) on into these blocks."""
         first = changes.get("first", 0)
         assert isinstance(first, int)
@@ -202,4 +200,4 @@ def make_key(number: int = 1, attempt: int = 1) -> wire.Key:
 
 def same(source: PagedCache, theirs: list[int], target: PagedCache, ours: list[int]) -> bool:
     """Whether the blocks hold equal bytes."""
-    return torch.equal(source.gather(theirs), target.gather(ours))
+    return bool(torch.equal(source.gather(theirs), target.gather(ours)))

@@ -26,6 +26,10 @@ class FakeRank:
     def __init__(self, endpoint: str, rank: int) -> None:
         self.commands: asyncio.Queue[wire.Command] = asyncio.Queue()
         server = asyncio.get_running_loop()
+
+        def on_command(command: wire.Command) -> None:
+            server.call_soon_threadsafe(self.commands.put_nowait, command)
+
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._loop = Loop(f"rank-{rank}")
         self.client = ControlClient(
@@ -33,7 +37,7 @@ class FakeRank:
             self._context,
             endpoint,
             rank,
-            lambda command: server.call_soon_threadsafe(self.commands.put_nowait, command) and None,
+            on_command,
         )
         self.client.emit(wire.Ready(rank, f"layout{rank}", 512, ""))
         self._loop.start()
@@ -42,7 +46,10 @@ class FakeRank:
         self._loop.call_soon(lambda: self.client.emit(event))
 
     def emit_raw(self, *frames: bytes) -> None:
-        self._loop.call_soon(lambda: self.client._socket.send_multipart(frames) and None)
+        def send() -> None:
+            self.client._socket.send_multipart(frames)
+
+        self._loop.call_soon(send)
 
     async def next(self) -> wire.Command:
         return await asyncio.wait_for(self.commands.get(), DEADLINE_S)
@@ -153,7 +160,7 @@ async def test_stats_may_be_asked_for_twice_at_a_time(group: Group) -> None:
     (rank,) = await group.join(1)
     task = asyncio.create_task(answer_stats(rank, wire.Stats(1)))
     both = asyncio.gather(group.server.stats(), group.server.stats())
-    assert await asyncio.wait_for(both, DEADLINE_S) == [wire.Stats(1)] * 2
+    assert list(await asyncio.wait_for(both, DEADLINE_S)) == [wire.Stats(1)] * 2
     task.cancel()
 
 

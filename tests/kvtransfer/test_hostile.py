@@ -171,9 +171,7 @@ def test_another_producer_cannot_write_a_load(d: ConsumerEnd, raw: RawProducer) 
         other.close()
 
 
-def test_an_oversized_payload_costs_the_connection_not_the_consumer(
-    d: ConsumerEnd, raw: RawProducer
-) -> None:
+def test_an_oversized_payload_costs_the_connection_not_the_consumer(d: ConsumerEnd, raw: RawProducer) -> None:
     start(d, raw)
     raw.say(manifest(d))
     raw.say(blocks(0, 3), bytes(wire.MAX_PAYLOAD + 1))
@@ -293,9 +291,7 @@ def test_early_subscriptions_are_bounded_and_do_not_shut_out_an_open_lease(
     _transfer_works(pair, make_key(7))
 
 
-def test_an_oversized_message_costs_the_stranger_its_connection(
-    pair: Pair, stranger: RawConsumer
-) -> None:
+def test_an_oversized_message_costs_the_stranger_its_connection(pair: Pair, stranger: RawConsumer) -> None:
     stranger.say(bytes(wire.MAX_MESSAGE + 1))
     _transfer_works(pair, make_key(7))
 

@@ -54,7 +54,8 @@ def test_damaged_messages_are_refused_cleanly(union: object, decode: Decode, dat
 @any_decoder
 def test_unknown_fields_and_tags_are_refused(union: object, decode: Decode) -> None:
     known = msgspec.msgpack.decode(wire.encode(get_args(union)[0](**_fields(get_args(union)[0]))))
-    for changed in ({**known, "extra": 1}, {**known, "t": "nonsense"}, {}, [], None, "sub"):
+    others: list[object] = [{**known, "extra": 1}, {**known, "t": "nonsense"}, {}, [], None, "sub"]
+    for changed in others:
         with pytest.raises(wire.KvWireError):
             decode(msgspec.msgpack.encode(changed))
 

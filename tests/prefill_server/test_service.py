@@ -14,7 +14,7 @@ from braid import wire
 from braid.worker.prompt import Prompt
 from kvtransfer import wire as kv
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # importing vLLM can take minutes on a busy machine
 
 DEADLINE_S = 60.0
 EPOCH = 7

@@ -84,3 +84,13 @@ async def test_only_holders_of_the_cluster_keys_are_let_in(make_stand: MakeStand
             with pytest.raises(TimeoutError):
                 await asyncio.wait_for(stranger.welcomed.wait(), 0.5)
     assert [w.name for w in stand.app.registry.all()] == ["d0"]
+
+
+async def test_a_restarted_router_does_not_reuse_numbers(make_stand: MakeStand) -> None:
+    """A late answer to the old router's dispatch must not be taken for a new one's."""
+    first, second = await make_stand(), await make_stand()
+    refs = []
+    for stand in (first, second):
+        _, d0 = await stand.workers()
+        refs.append({m.ref for m in d0.received if isinstance(m, wire.Decode)})
+    assert refs[0].isdisjoint(refs[1])

@@ -166,7 +166,7 @@ async def test_dispatches_reach_the_service_in_order(
     link: WorkerLink, router: ScriptedRouter, service: Recorder
 ) -> None:
     await router.welcome()
-    sent = [DECODE, wire.Lost(1, "gone"), wire.Cancel(1)]
+    sent: list[wire.ToWorker] = [DECODE, wire.Lost(1, "gone"), wire.Cancel(1)]
     await router.say(*sent)
     assert [await service.next() for _ in sent] == sent
 

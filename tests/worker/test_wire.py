@@ -52,7 +52,8 @@ def test_damaged_messages_are_refused_cleanly(union: Any, decode: Decode, data: 
 @given(data=st.data())
 def test_unknown_fields_and_tags_are_refused(union: Any, decode: Decode, data: st.DataObject) -> None:
     fields = msgspec.msgpack.decode(wire.encode(data.draw(messages[union])))
-    for changed in ({**fields, "extra": 1}, {**fields, "t": "nonsense"}, {}, [], None, "ping"):
+    others: list[object] = [{**fields, "extra": 1}, {**fields, "t": "nonsense"}, {}, [], None, "ping"]
+    for changed in others:
         with pytest.raises(wire.WireError):
             decode(msgspec.msgpack.encode(changed))
 

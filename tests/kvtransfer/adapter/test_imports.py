@@ -10,7 +10,7 @@ import torch
 
 from kvtransfer.adapter.imports import Imports
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # importing vLLM can take minutes on a busy machine
 
 BLOCK = 4
 POOL = 12
@@ -163,9 +163,7 @@ def test_a_name_is_used_once(cache: Cache) -> None:
         cache.begin(4)
 
 
-@pytest.mark.parametrize(
-    ("tokens", "local", "missing"), [(11, 8, 2), (8, 4, 3), (10, 8, 1), (3, 0, 2)]
-)
+@pytest.mark.parametrize(("tokens", "local", "missing"), [(11, 8, 2), (8, 4, 3), (10, 8, 1), (3, 0, 2)])
 def test_a_sample_copies_the_block_with_the_prompts_end(
     cache: Cache, tokens: int, local: int, missing: int
 ) -> None:
@@ -201,8 +199,6 @@ def test_a_sample_of_an_import_takes_only_its_tail_block(cache: Cache) -> None:
     computed, local, _ = cache.manager.get_computed_blocks(sample)
     tail = cache.imports.tail_of("i0", 11, local)
     assert tail is not None
-    assert cache.manager.allocate_slots(
-        sample, 1, local, computed, num_external_computed_tokens=tail[0]
-    )
+    assert cache.manager.allocate_slots(sample, 1, local, computed, num_external_computed_tokens=tail[0])
     assert free - cache.free == 1
     cache.manager.free(sample)

@@ -11,7 +11,7 @@ import torch
 
 from kvtransfer.adapter.guards import TOUCHPOINTS
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # importing vLLM can take minutes on a busy machine
 
 
 @pytest.mark.parametrize("name", TOUCHPOINTS)
