@@ -25,6 +25,7 @@ from demo import tasks
 Table = dict[str, Any]
 _ANSWER = re.compile(r"[Tt]he answer is (-?\d+)")
 _VERDICT = re.compile(r"Verification: (Yes|No)\s*$")
+_RECHECK = re.compile(r"Answer (\d+), says (\d+)")
 MAX_TOKENS = 320
 
 
@@ -38,6 +39,12 @@ def verdict(text: str) -> bool | None:
     """The verdict a verification ends in, or None where it has none."""
     found = _VERDICT.search(text)
     return found[1] == "Yes" if found else None
+
+
+def recomputed(text: str) -> bool | None:
+    """Whether the answer a verification recomputes equals the one it quotes, whatever its verdict."""
+    found = _RECHECK.search(text)
+    return found[1] == found[2] if found else None
 
 
 def majority(answers: Sequence[int | None]) -> int | None:
@@ -157,14 +164,18 @@ def verification(
         _follow_up(p, text) if follow_up else _user(tasks.verify_prompt(p.question, text))
         for p, text, _ in chosen
     ]
-    said = [verdict(output[0].text) for output in bench.ask(chats, temperature=temperature)]
-    pairs = [(v, right) for v, (_, _, right) in zip(said, chosen, strict=True)]
+    texts = [output[0].text for output in bench.ask(chats, temperature=temperature)]
+    truth = [right for _, _, right in chosen]
+    pairs = list(zip(map(verdict, texts), truth, strict=True))
+    rechecks = list(zip(map(recomputed, texts), truth, strict=True))
     return {
         "candidates": len(pairs),
         "accuracy": _share([v is right for v, right in pairs]),
         "accepts_wrong": _share([v is True for v, right in pairs if not right]),
         "rejects_right": _share([v is False for v, right in pairs if right]),
         "no_verdict": _share([v is None for v, _ in pairs]),
+        "accuracy_by_recomputed_answer": _share([v is right for v, right in rechecks]),
+        "accepts_wrong_by_recomputed_answer": _share([v is True for v, right in rechecks if not right]),
     }
 
 

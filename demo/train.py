@@ -1,6 +1,6 @@
 """Train the demo model from nothing: tokenizer, weights and configuration into one folder.
 
-    python -m demo.train --minutes 50 --out demo/model
+    GOMP_SPINCOUNT=0 python -m demo.train --steps 4880 --out demo/model
 
 The learning-rate schedule follows the share of the budget used, in minutes or in steps, so a slower machine
 takes fewer steps and still ends on a decayed rate.
@@ -32,7 +32,7 @@ VOCABULARY = 1024
 POSITIONS = 8192
 PLAIN_BRIEF = 0.6  # share of brief replies to plain questions
 CUT_OFF = 0.12  # share of proposals cut off before their end
-STAGE_SWITCH = 0.46  # share of the budget after which the second mix takes over
+STAGE_SWITCH = 0.40  # share of the budget after which the second mix takes over
 # Qwen's splitting rule: single digits, and line breaks attached to the punctuation before them.
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"

@@ -7,9 +7,9 @@ Life of a lease::
                                         +---- close(cancelled, ...) -------+
 
 A lease is closed when every expected subscriber is done or has dropped it, when its owner closes it,
-or ``lease_s`` after the last piece or word of a subscriber (one that waits says so every few seconds). Subscriptions may come before the
-lease is opened (both are dispatched at the same time, and a prompt may queue at the producer); they wait for
-``lease_s`` after their subscriber was last heard of.
+or ``lease_s`` after the last piece or word of a subscriber (one that waits says so every few seconds).
+Subscriptions may come before the lease is opened (both are dispatched at the same time, and a prompt may
+queue at the producer); they wait for ``lease_s`` after their subscriber was last heard of.
 """
 
 from __future__ import annotations
