@@ -39,9 +39,7 @@ class BraidError(Exception):
 
     def body(self) -> dict[str, Any]:
         """OpenAI's error body."""
-        return {
-            "error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
-        }
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
 
 class BadRequest(BraidError):

@@ -8,9 +8,10 @@ import os
 import signal
 
 from braid import log as braid_log
+from braid.http import listen
 from braid.settings import RouterSettings
 from router.app import App
-from router.server import listen, make_server
+from router.server import make_server
 
 log = logging.getLogger("braid.router")
 
@@ -28,7 +29,7 @@ def main(settings: RouterSettings) -> int:
 async def serve(settings: RouterSettings) -> int:
     """Serve until SIGTERM or SIGINT, then drain. A second signal ends the process at once."""
     app = App(settings)
-    sock = listen(settings)
+    sock = listen(settings.host, settings.port)
     try:
         await app.start()
         stop = _on_signal()

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import socket
-from collections.abc import Iterator
 from typing import Any
 
 import h11
@@ -13,9 +10,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from braid.errors import BadRequest
-from braid.settings import RouterSettings
-
-_BACKLOG = 2048
+from braid.http import Server
 
 
 class Protocol(H11Protocol):
@@ -36,31 +31,8 @@ class Protocol(H11Protocol):
         self.transport.close()
 
 
-class Server(uvicorn.Server):
-    """Uvicorn without signal handlers of its own."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-def listen(settings: RouterSettings) -> socket.socket:
-    """A socket bound to the settings' host and port; raises OSError."""
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    # Named, because asyncio switches Nagle's delay off only for sockets that say they are TCP.
-    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        sock.bind((settings.host, settings.port))
-        sock.listen(_BACKLOG)
-    except OSError:
-        sock.close()
-        raise
-    return sock
-
-
 def make_server(app: Any) -> Server:
-    """A server of ``app``; serve it with ``serve(sockets=[listen(settings)])``."""
+    """A server of ``app``; serve it with ``serve(sockets=[listen(host, port)])``."""
     config = uvicorn.Config(
         app,
         http=Protocol,

@@ -17,6 +17,7 @@ from fastapi import FastAPI, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from braid import wire
+from braid.http import Server, listen
 from braid.log import configure
 from braid.settings import DecodeSettings, PrefillSettings
 from braid.worker.engine import Engine, engine_environment, hello, private_dir, start_engine
@@ -82,7 +83,7 @@ class _Worker:
         self._handle_signals()
         sockets = private_dir(self._settings.run_dir)
         try:
-            with _listen(self._settings.host, self._settings.port) as listener:
+            with listen(self._settings.host, self._settings.port) as listener:
                 return await self._serve(sockets, listener)
         finally:
             shutil.rmtree(sockets, ignore_errors=True)
@@ -145,16 +146,8 @@ class _Worker:
         self._stop.set()
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    listener = socket.create_server((host, port))
-    listener.set_inheritable(False)
-    return listener
-
-
-def _http_server(app: FastAPI) -> uvicorn.Server:
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off"))
-    server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
-    return server
+def _http_server(app: FastAPI) -> Server:
+    return Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off"))
 
 
 def _app(engine: Engine, service: WorkerService, link: WorkerLink) -> FastAPI:

@@ -12,10 +12,11 @@ import pytest
 from openai import AsyncOpenAI
 
 from braid import wire
+from braid.http import listen
 from braid.settings import RouterSettings
 from router import equivalence, extract
 from router.app import App
-from router.server import listen, make_server
+from router.server import make_server
 from tests.router.fake_worker import FakeWorker, Script
 
 
@@ -109,7 +110,7 @@ async def make_stand() -> AsyncIterator[MakeStand]:
             app = App(RouterSettings(**given))
             await app.start()
             stack.push_async_callback(app.stop)
-            sock = listen(app.settings)
+            sock = listen(app.settings.host, app.settings.port)
             server = make_server(app)
             serving = asyncio.create_task(server.serve(sockets=[sock]))
 
