@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -220,9 +221,10 @@ def progress(line: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, save, show. Nothing started here outlives it."""
+    """Measure, save, show; SIGTERM and Ctrl-C save and show what there is. Nothing outlives it."""
     args = parse(argv)
     os.nice(args.nice)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
     with ExitStack() as stack:
         run_dir = args.run_dir or stack.enter_context(
             tempfile.TemporaryDirectory(prefix="handover-", ignore_cleanup_errors=True)

@@ -24,6 +24,8 @@ Mistake = Literal["digit", "carry", "operand", "skip", "copy"]
 
 SPLITS: tuple[Split, ...] = ("train", "calibration", "test")
 BANDS: tuple[Band, ...] = ("easy", "medium", "hard")
+MEASURED: tuple[Band, ...] = ("easy", "medium", "hard", "hard", "medium", "hard", "hard")
+"""Turns of the bands where accuracy is measured: hard problems are where samples differ."""
 BRIEF_SUFFIX = "\nAnswer briefly."
 WORKED_SUFFIX = "\nLet's think step by step."
 VERIFY_REQUEST = "Is the solution correct? Verify step by step."
@@ -155,7 +157,8 @@ def split_of(problem: Problem) -> Split:
 def make_problem(split: Split, seed: int, index: int, band: Band | None = None) -> Problem:
     """The problem at `index` of the stream (split, seed). Bands take turns unless one is given."""
     rng = random.Random(f"{split}/{seed}/{index}/{band}")
-    chosen = band or BANDS[index % len(BANDS)]
+    turns = BANDS if split == "train" else MEASURED
+    chosen = band or turns[index % len(turns)]
     while True:
         problem = _draw(rng, chosen)
         if problem is not None and split_of(problem) == split:

@@ -190,7 +190,8 @@ def batches(
     tokenizer: Tokenizer, seed: int, tokens: int, mix: Callable[[], Mix], pool: int = 2048
 ) -> Iterator[Batch]:
     """Endless batches of about `tokens` tokens; a pool is sorted by length, so little is padding."""
-    start, end = tokenizer.token_to_id(START), tokenizer.token_to_id(END)
+    ids = tokenizer.get_vocab()
+    start, end = ids[START], ids[END]
     rng = random.Random(f"batches/{seed}")
     first = 0
     while True:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,13 @@ def stack(tmp_path: Path) -> Iterator[Stack]:
     stack = launch_fake("plain", tmp_path)
     yield stack
     stack.stop()
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture
@@ -125,12 +133,15 @@ def fake_launcher(name: str) -> Any:
     return launch
 
 
-def test_what_was_measured_before_a_failure_is_saved(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("ending", ["LaunchError: gone", "SystemExit: ended by SIGTERM"])
+def test_what_was_measured_before_an_early_end_is_saved(
+    ending: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(handover, "launch_plain", fake_launcher("plain"))
 
     def fails(*args: Any) -> Iterator[Any]:
+        if ending.startswith("SystemExit"):
+            signal.raise_signal(signal.SIGTERM)
         raise LaunchError("gone")
         yield
 
@@ -148,11 +159,11 @@ def test_what_was_measured_before_a_failure_is_saved(
         "--lengths",
         "5",
     ]
-    with pytest.raises(LaunchError):
+    with pytest.raises((LaunchError, SystemExit)):
         handover.main([*argv, "--patience-s", "0"])
     (path,) = out.glob("*.json")
     result = json.loads(path.read_text())
-    assert result["ended_by"] == "LaunchError: gone"
+    assert result["ended_by"] == ending
     assert len(result["records"]["handover"]) == 1
 
 
