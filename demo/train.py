@@ -32,7 +32,7 @@ VOCABULARY = 1024
 POSITIONS = 8192
 PLAIN_BRIEF = 0.6  # share of brief replies to plain questions
 CUT_OFF = 0.12  # share of proposals cut off before their end
-STAGE_SWITCH = 0.40  # share of the budget after which the second mix takes over
+STAGE_ENDS = (0.26, 0.68)  # shares of the budget after which the second and third mix take over
 # Qwen's splitting rule: single digits, and line breaks attached to the punctuation before them.
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -89,6 +89,7 @@ class Mix:
 
 FIRST = Mix(0.08, 0.18, 0.24, 0.22, noise=1.0, right=0.5, early=True)
 SECOND = Mix(0.05, 0.15, 0.22, 0.26, noise=0.7, right=0.42, early=False)
+THIRD = Mix(0.04, 0.09, 0.13, 0.40, noise=0.7, right=0.42, early=False)
 
 
 def conversation(rng: random.Random, problem: tasks.Problem, mix: Mix) -> list[Turn]:
@@ -319,7 +320,8 @@ def train(args: argparse.Namespace) -> None:
     saved = time.monotonic()
 
     def mix() -> Mix:
-        return FIRST if progress.share < STAGE_SWITCH else SECOND
+        stage = sum(progress.share >= end for end in STAGE_ENDS)
+        return (FIRST, SECOND, THIRD)[stage]
 
     for batch in batches(tokenizer, args.seed, args.batch_tokens, mix):
         if progress.share >= 1:
