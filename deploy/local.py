@@ -385,6 +385,7 @@ def show_start(cluster: Cluster, stopping: StopFlag) -> None:
             progress.update()
 
         cluster.wait_ready(on_poll=on_poll)
+        progress.update()
 
 
 def watch(cluster: Cluster, stopping: StopFlag) -> NoReturn:

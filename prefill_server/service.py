@@ -58,8 +58,9 @@ class PrefillService:
         """Nothing: a prefill worker depends on no producer."""
 
     def cancel_all(self, reason: str) -> None:
-        for ref, task in list(self._jobs.items()):
+        for task in self._jobs.values():
             task.cancel()
+        for ref in self._leases.refs():  # also of prompts that are done: nobody will ask for them
             self._leases.close(ref, reason)
 
     def beat(self) -> wire.Beat:
@@ -167,6 +168,10 @@ class _Leases:
             engine.control.forget(("open", key))
         if not opened.done():
             raise Unshareable("the lease was refused")
+
+    def refs(self) -> list[int]:
+        """Dispatches that hold leases."""
+        return list(self._keys)
 
     def close(self, ref: int, reason: str) -> None:
         """End what a dispatch still holds. Idempotent."""

@@ -62,11 +62,12 @@ class System:
         workers = (await self.client.get("/cluster")).json()["workers"]
         return {w["worker"]: w for w in workers if w["state"] == "ready"}
 
-    async def stats(self) -> dict[str, dict[str, int]]:
-        """What every worker holds now, counted by its engine and its transfer ends."""
+    async def stats(self, role: str = "") -> dict[str, dict[str, int]]:
+        """What every worker (of a role) holds now, counted by its engine and its transfer ends."""
         found = {}
         for name, worker in (await self.workers()).items():
-            found[name] = (await self.client.get(worker["http"] + "/stats")).json()
+            if role in ("", worker["role"]):
+                found[name] = (await self.client.get(worker["http"] + "/stats")).json()
         return found
 
     async def metric(self, worker: str, name: str) -> float:
@@ -143,7 +144,8 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         "BRAID_HEARTBEAT_MISSES": "12",
         "BRAID_PREFILL_TIMEOUT_S": "20",
     }
-    with Cluster(settings, env=env) as cluster:
+    engine_args = ["--tool-call-parser", "hermes", "--enable-auto-tool-choice"]
+    with Cluster(settings, engine_args, env=env) as cluster:
         yield cluster.wait_ready()
 
 

@@ -50,7 +50,7 @@ async def test_a_request_that_waits_for_remote_kv_does_not_spin(system: System) 
         request = asyncio.create_task(system.client.post("/v1/completions", json=body))
 
         async def loading() -> bool:
-            return any(s.get("loads", 0) for s in (await system.stats()).values())
+            return any(s.get("loads", 0) for s in (await system.stats("decode")).values())
 
         await system.until(loading)
         pids = engine_processes(system, "decode-0") + engine_processes(system, "decode-1")
