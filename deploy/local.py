@@ -475,7 +475,7 @@ def stop_or_kill(cluster: Cluster, grace_s: float) -> None:
 
 def banner(cluster: Cluster) -> str:
     """What a user can do now."""
-    question = "Tom has 3 apples and buys 4 more. How many apples does he have?"
+    question = "Ines has 4 boxes with 22 eggs each. Ines loses 55 eggs. How many eggs are there now?"
     body = json.dumps({"model": cluster.model, "messages": [{"role": "user", "content": question}]})
     url = "" if cluster.port == 8000 else f" --url {cluster.url}"
     return f"""

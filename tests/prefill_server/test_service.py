@@ -123,6 +123,14 @@ async def stand() -> AsyncIterator[Stand]:
     assert stand.sent.empty(), "one answer a dispatch"
 
 
+async def test_losing_the_router_ends_the_leases_of_finished_prompts_too(stand: Stand) -> None:
+    stand.start()
+    assert (await stand.done()).status == 200
+    assert stand.control.closes() == []
+    stand.service.cancel_all("router_gone")
+    await stand.until(lambda: stand.control.closes() == ["router_gone"])
+
+
 async def test_a_prompt_is_prefilled_once_under_a_lease_for_its_subscribers(stand: Stand) -> None:
     stand.start()
     done = await stand.done()
