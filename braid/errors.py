@@ -5,6 +5,7 @@ Messages of user-caused errors say what to do next and never echo the request's 
 
 from __future__ import annotations
 
+import json
 from typing import Any, ClassVar
 
 
@@ -100,3 +101,8 @@ class ClientGone(BraidError):
     """499: the client closed the connection; never sent, only counted."""
 
     status, kind, label = 499, "server_error", "client_gone"
+
+
+def error_body(message: str) -> bytes:
+    """OpenAI's error body of a failure on our side, as JSON."""
+    return json.dumps(BraidError(message).body()).encode()

@@ -12,13 +12,14 @@ from typing import Any
 from vllm.outputs import RequestOutput
 
 from braid import wire
+from braid.errors import error_body
 from braid.settings import DecodeSettings
 from braid.worker.asgi import post
+from braid.worker.counters import Counters
 from braid.worker.engine import Engine
 from decode_server.choices import ChoiceMaker
 from decode_server.llm import JOB, Job
 from decode_server.prefix import Prefixes, Source
-from kvtransfer import wire as kv
 
 log = logging.getLogger("braid.decode")
 
@@ -45,8 +46,7 @@ class DecodeService:
         self._send = send
         self._prefixes = Prefixes(engine, settings.max_load_share, settings.load_timeout_s)
         self._running: dict[int, _Dispatch] = {}
-        self._core: dict[str, int] = {}
-        self._kv = kv.Stats()
+        self._counters = Counters(engine)
 
     def start(self, message: wire.Prefill | wire.Decode) -> None:
         if isinstance(message, wire.Prefill) or message.ref in self._running:
@@ -80,27 +80,19 @@ class DecodeService:
                 dispatch.task.cancel()
 
     def beat(self) -> wire.Beat:
-        blocks = self._core.get("blocks", 1)
-        return wire.Beat(
-            running=self._core.get("running", 0),
-            waiting=self._core.get("waiting", 0),
-            kv_usage=1 - self._core.get("free", blocks) / blocks,
-            tickets=self._kv.loads,
-            engine_ok=not self._engine.llm.errored,
-        )
+        return self._counters.beat()
 
     async def refresh(self) -> None:
-        self._core = await self._engine.call("braid_stats")
-        self._kv = await self._engine.control.stats()
+        await self._counters.refresh()
 
     def idle(self) -> bool:
         return not self._running and self._prefixes.idle
 
     def stats(self) -> dict[str, Any]:
         return {
-            **self._core,
+            **self._counters.core,
             "dispatches": len(self._running),
-            "loads": self._kv.loads,
+            "loads": self._counters.kv.loads,
             "import_blocks": self._prefixes.held_blocks,
         }
 
@@ -127,7 +119,7 @@ class DecodeService:
 
     def _end_early(self, message: wire.Decode, status: int, why: str) -> None:
         if message.mode == "samples":
-            self._send(wire.GroupDone(message.ref, status, _error(why)))
+            self._send(wire.GroupDone(message.ref, status, error_body(why)))
         else:
             self._send(wire.Body(message.ref, b"", end=True, cut=why))
 
@@ -221,8 +213,3 @@ def _not_streamed(body: bytes) -> bytes:
         return body
     fields.pop("stream_options", None)
     return json.dumps({**fields, "stream": False}).encode()
-
-
-def _error(message: str) -> bytes:
-    error = {"message": message, "type": "server_error", "param": None, "code": None}
-    return json.dumps({"error": error}).encode()

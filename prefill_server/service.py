@@ -10,7 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 from braid import wire
+from braid.errors import error_body
 from braid.worker.asgi import post
+from braid.worker.counters import Counters
 from braid.worker.engine import Engine
 from braid.worker.prompt import Prompt
 from kvtransfer import wire as kv
@@ -37,8 +39,7 @@ class PrefillService:
         self._send = send
         self._jobs: dict[int, asyncio.Task[tuple[int, bytes]]] = {}
         self._leases = _Leases(engine)
-        self._core: dict[str, int] = {}
-        self._kv = kv.Stats()
+        self._counters = Counters(engine)
 
     def start(self, message: wire.Prefill | wire.Decode) -> None:
         if isinstance(message, wire.Decode) or message.ref in self._jobs:
@@ -64,41 +65,32 @@ class PrefillService:
             self._leases.close(ref, reason)
 
     def beat(self) -> wire.Beat:
-        blocks = self._core.get("blocks", 1)
-        return wire.Beat(
-            running=self._core.get("running", 0),
-            waiting=self._core.get("waiting", 0),
-            kv_usage=1 - self._core.get("free", blocks) / blocks,
-            staging_bytes=self._kv.staging_bytes,
-            tickets=self._kv.leases,
-            engine_ok=not self._engine.llm.errored,
-        )
+        return self._counters.beat()
 
     async def refresh(self) -> None:
-        self._core = await self._engine.call("braid_stats")
-        self._kv = await self._engine.control.stats()
+        await self._counters.refresh()
 
     def idle(self) -> bool:
         return not self._jobs and self._leases.empty
 
     def stats(self) -> dict[str, Any]:
         return {
-            **self._core,
+            **self._counters.core,
             "jobs": len(self._jobs),
-            "staging_bytes": self._kv.staging_bytes,
-            "leases": self._kv.leases,
-            "pending": self._kv.pending,
+            "staging_bytes": self._counters.kv.staging_bytes,
+            "leases": self._counters.kv.leases,
+            "pending": self._counters.kv.pending,
         }
 
     async def _run(self, message: wire.Prefill, job: Job) -> tuple[int, bytes]:
         """Status and error body of one dispatch."""
         if message.ticket.epoch != self._engine.epoch:
-            return 410, _error("the ticket is of another epoch")
+            return 410, error_body("the ticket is of another epoch")
         try:
             async with asyncio.timeout(message.deadline_s):
                 return await self._prefill(message, job)
         except TimeoutError:
-            return 504, _error("prefill passed its deadline")
+            return 504, error_body("prefill passed its deadline")
 
     def _ended(
         self, message: wire.Prefill, job: Job, task: asyncio.Task[tuple[int, bytes]], elapsed: float
@@ -125,7 +117,7 @@ class PrefillService:
             await post(self._engine.app, message.target, body, headers, on_start, chunks.append)
         except Exception as error:
             if job.done < max(1, job.parts):
-                return 422, _error(f"not prefilled: {job.refusal or type(error).__name__}")
+                return 422, error_body(f"not prefilled: {job.refusal or type(error).__name__}")
         finally:
             JOB.reset(token)
         if job.done and job.done == job.parts:
@@ -208,8 +200,3 @@ def _prompt_only(body: bytes) -> bytes:
         return body
     kept = {k: v for k, v in fields.items() if k not in _SAMPLING_FIELDS}
     return json.dumps({**kept, "max_tokens": 1}).encode()
-
-
-def _error(message: str) -> bytes:
-    error = {"message": message, "type": "server_error", "param": None, "code": None}
-    return json.dumps({"error": error}).encode()
