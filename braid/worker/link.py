@@ -139,7 +139,11 @@ class WorkerLink:
             case wire.Welcome(router) | wire.Ping(router):
                 self._meet(router, isinstance(message, wire.Welcome))
             case wire.Prefill() | wire.Decode():
-                self._service.start(message)
+                if self._router is None:
+                    # Sent before this worker was paused or cut off; the router has given it up since.
+                    log.warning("stale_dispatch", extra={"ref": message.ref})
+                else:
+                    self._service.start(message)
             case wire.Cancel():
                 self._service.cancel(message)
             case wire.Lost():

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
+import msgspec
 import pytest
 import zmq
 import zmq.asyncio
@@ -130,13 +131,21 @@ async def test_hello_is_repeated_until_it_is_welcomed(link: WorkerLink, router: 
     assert link.registered
 
 
-async def test_a_ping_alone_registers_nobody(
+async def test_a_ping_alone_registers_nobody(link: WorkerLink, router: ScriptedRouter) -> None:
+    await router.expect(wire.Hello)
+    await router.say(wire.Ping(5))
+    await router.expect(wire.Hello)
+    assert not link.registered
+
+
+async def test_a_dispatch_from_before_the_welcome_is_dropped(
     link: WorkerLink, router: ScriptedRouter, service: Recorder
 ) -> None:
+    """It was sent to a worker that has been given up since: nobody waits for its answer."""
+    later = msgspec.structs.replace(DECODE, ref=2)
     await router.expect(wire.Hello)
-    await router.say(wire.Ping(5), DECODE)
-    assert await service.next() == DECODE
-    assert not link.registered
+    await router.say(DECODE, wire.Welcome(5, HEARTBEAT_S), later)
+    assert await service.next() == later
 
 
 async def test_what_one_turn_sends_travels_together(link: WorkerLink, router: ScriptedRouter) -> None:
