@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any, Literal
 
 import httpx
@@ -23,7 +24,7 @@ WARM_TOKENS = 100
 
 
 class HandoverRecord(msgspec.Struct):
-    """One streamed request; times in seconds, `position` is its place in the turn order of its round."""
+    """One streamed request; times in seconds, `position` is its turn's place among the stacks' turns."""
 
     stack: str
     round: int
@@ -166,21 +167,24 @@ def completion(model: str, prompt: Sequence[int], **options: Any) -> dict[str, A
 
 
 def measure_handover(
-    bench: SideBySide, rounds: int, lengths: Sequence[int], max_tokens: int
+    bench: SideBySide, requests: int, lengths: Sequence[int], max_tokens: int, turn_requests: int = 1
 ) -> Iterator[list[HandoverRecord]]:
-    """`rounds` greedy requests of each prompt length on each stack, one at a time; yields each finished turn.
+    """`requests` greedy requests of each prompt length on each stack, one at a time; yields each finished turn.
 
-    A prompt goes once to each stack, so that each can be paired with the plain engine's time for it.
+    A turn has up to `turn_requests` of each length. A prompt goes once to each stack, so that each can be
+    paired with the plain engine's time for it.
     """
-    for number in range(rounds):
+    for number, start in enumerate(range(0, requests, turn_requests)):
+        rounds = range(start, min(start + turn_requests, requests))
         for position, name in enumerate(bench.order(number)):
             records = []
             with bench.turn(name) as (stack, client):
                 meter = LoadMeter(stack.cpu_seconds)
-                for length in lengths:
-                    prompt = bench.prompts.draw("handover", number, length=length)
+                for round_number, length in product(rounds, lengths):
+                    prompt = bench.prompts.draw("handover", round_number, length=length)
                     body = completion(stack.model, prompt, max_tokens=max_tokens, temperature=0)
-                    records.append(_hand_over(HandoverRecord(name, number, position, length), client, body))
+                    record = HandoverRecord(name, round_number, position, length)
+                    records.append(_hand_over(record, client, body))
                     time.sleep(bench.pace.gap_s)
                 load = meter.read()
                 load.stack_nice = stack.niceness()
