@@ -141,6 +141,10 @@ class WorkerSettings(ProcessSettings):
     block_size: int = Field(32, ge=1, description="tokens of a KV block; equal on P and D")
     load_timeout_s: float = Field(60.0, gt=0, description="longest wait for a KV transfer")
     drain_s: float = Field(30.0, ge=0, description="on SIGTERM, time for running requests to end")
+    kv_transports: tuple[Literal["shm", "zmq"], ...] = Field(
+        ("shm", "zmq"), min_length=1, description="how KV may travel; the first that both ends have is taken"
+    )
+    kv_lanes: int = Field(1, ge=1, le=8, description="connections a pair for KV over zmq (decode asks)")
 
     @model_validator(mode="after")
     def _curve(self) -> WorkerSettings:
@@ -157,6 +161,12 @@ class PrefillSettings(WorkerSettings):
     kv_advertise: str = Field("", description="host that decode workers reach kv_bind on")
     staging_bytes: int = Field(512 * 1024 * 1024, gt=0, description="host memory for KV to hand over")
     lease_s: float = Field(30.0, gt=0, description="how long KV is held for a decode worker not heard of")
+    kv_piece_bytes: int = Field(
+        1024 * 1024, gt=0, le=32 * 1024 * 1024, description="KV sent at a time (one block at least)"
+    )
+    kv_check: Literal["off", "sampled", "full"] = Field(
+        "sampled", description="checksums of KV on its way: of nothing, one piece in 16, or all"
+    )
 
     @model_validator(mode="after")
     def _kv_curve(self) -> PrefillSettings:

@@ -166,16 +166,14 @@ class Prefixes:
         commands: list[kv.Command] = [
             kv.Load(
                 key,
-                endpoint,
-                ticket.epoch,
+                (kv.Source(endpoint, ticket.epoch, 0, rank.shapes[0].heads, 0),),
                 engine.fingerprint,
                 len(prompt.tokens),
                 prompt.chain(engine.block_size),
-                first,
-                block_ids[first:],
+                (kv.Span(0, first, block_ids[first:]),),
                 self._timeout_s,
             )
-            for endpoint in ticket.endpoints
+            for endpoint, rank in zip(ticket.endpoints, engine.control.in_order, strict=True)
         ]
         loaded = engine.control.expect(("load", key))
         changed = asyncio.create_task(source.changed(ticket))

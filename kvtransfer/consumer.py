@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import secrets
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from braid.keys import apply_curve_client
 from kvtransfer import wire
+from kvtransfer.cache import Cache
+from kvtransfer.codec import Codec
+from kvtransfer.digest import digest
+from kvtransfer.fence import Waiter
 from kvtransfer.loop import Loop
-from kvtransfer.paged import PagedCache
+from kvtransfer.sockets import set_heartbeat
+from kvtransfer.transport import ConsumerTransport, Receiver, Unavailable
 
 log = logging.getLogger("braid.kvtransfer")
 
@@ -22,6 +30,24 @@ ALIVE_S = 2.0
 """Period in which waiting loads extend their leases."""
 IDLE_S = 300.0
 """A connection without loads is closed after this long."""
+CONNECT_S = 5.0
+"""A producer that can't be reached for this long fails the loads that wait for it."""
+RESUME_S = 1.0
+"""The same, for one that was connected before."""
+MAX_RETRIES = 3
+"""Times a load is resumed after its connection broke."""
+ACK_BYTES = 8 * 1024 * 1024
+"""Payload after which the producer's window is moved on; a fraction of its size."""
+
+Socket = zmq.Socket[bytes]
+_EVENTS = (
+    zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_CONNECT_RETRIED
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+)
 
 
 class _Refusal(Exception):
@@ -29,45 +55,99 @@ class _Refusal(Exception):
 
 
 @dataclass(slots=True)
+class _Part:
+    """What a load gets from one source.
+
+    Attributes:
+        sub: number of its subscription, 0 while it has none.
+        missing: by group, the blocks not yet written.
+        early: messages that came before the manifest (on another lane).
+    """
+
+    load: _Load
+    source: wire.Source
+    missing: dict[int, set[int]]
+    sub: int = 0
+    manifest: wire.Manifest | None = None
+    early: list[tuple[wire.Blocks, list[zmq.Frame]]] = field(default_factory=list)
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        return self.source.first, self.source.last
+
+    @property
+    def complete(self) -> bool:
+        return self.manifest is not None and not any(self.missing.values())
+
+    def wants(self) -> tuple[wire.Want, ...]:
+        """The smallest runs that cover what is missing."""
+        runs = ((g, min(m), max(m) + 1) for g, m in self.missing.items() if m)
+        return tuple(wire.Want(group, first, last - first) for group, first, last in runs)
+
+
+@dataclass(slots=True)
 class _Load:
-    """A load in flight. ``next`` is the first block not yet written."""
+    """A load in flight. ``writing``: copies into the cache that have not passed their fence."""
 
     spec: wire.Load
     started: float
     deadline: float
-    next: int
+    parts: list[_Part] = field(default_factory=list)
+    blocks: dict[int, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
     first_at: float = 0.0
-    manifest: bool = False
+    scatter_s: float = 0.0
     nbytes: int = 0
-
-    @property
-    def last(self) -> int:
-        return self.spec.first + len(self.spec.block_ids)
+    retries: int = 0
+    transport: str = ""
+    writing: int = 0
+    failed: str = ""
 
 
 @dataclass(slots=True)
 class _Peer:
-    socket: zmq.Socket[bytes]
-    monitor: zmq.Socket[bytes]
+    """A connection to a producer. ``up``: a session is agreed. ``trouble_at``: since when there is none."""
+
+    endpoint: str
+    socket: Socket
+    monitor: Socket
     idle_since: float
+    trouble_at: float
+    session: int = 0
+    up: bool = False
+    known: bool = False
+    transport: str = ""
+    receiver: Receiver | None = None
+    unusable: set[str] = field(default_factory=set)
+    unacked: int = 0
 
 
 class Consumer:
     """Runs loads: subscribe, verify the manifest, write blocks as they come, acknowledge.
 
     Runs on ``loop``. Only this class writes the blocks of a load, and only between ``load`` and the
-    event that ends it (``Loaded`` or ``Failed``, exactly one). A load fails on: a manifest that does
-    not match what the server expects, a refusal, a lost connection, its deadline, or ``unload``.
+    event that ends it (``Loaded`` or ``Failed``, exactly one). A load fails on: a manifest that does not
+    match what the server expects, a refusal, a digest that does not match, a connection lost more often
+    than it is resumed, its deadline, or ``unload``.
+
+    Args:
+        cache: where blocks go.
+        transports: those this consumer has, in order of preference; made by a function of the
+            consumer's id and of what opens a further connection (see :class:`~.transport.zmq.ZmqConsumer`).
+        codecs: encodings this consumer takes, by name.
     """
 
     def __init__(
         self,
         loop: Loop,
-        context: zmq.Context[zmq.Socket[bytes]],
-        cache: PagedCache,
+        context: zmq.Context[Socket],
+        cache: Cache,
         *,
         name: str,
         emit: Callable[[wire.Event], None],
+        transports: Callable[
+            [bytes, Callable[[str], tuple[Socket, Callable[[], None]]]], Sequence[ConsumerTransport]
+        ],
+        codecs: Mapping[str, Codec] | None = None,
         keys_dir: Path | None = None,
     ) -> None:
         self._loop = loop
@@ -75,8 +155,15 @@ class Consumer:
         self._cache = cache
         self._name = name
         self._emit = emit
+        self._codecs = dict(codecs or {})
         self._keys_dir = keys_dir
+        self._id = secrets.token_bytes(16)
+        self._transports = {t.name: t for t in transports(self._id, self._lane)}
+        self._waiter = Waiter(loop, "braid-kv-fence")
+        self._sessions = itertools.count(1)
+        self._subs = itertools.count(1)
         self._loads: dict[wire.Key, _Load] = {}
+        self._parts: dict[int, _Part] = {}
         self._peers: dict[str, _Peer] = {}
         self._alive_due = 0.0
         loop.every_tick(self._tick)
@@ -87,14 +174,21 @@ class Consumer:
             self._emit(wire.Failed(spec.key, "duplicate" if spec.key in self._loads else "bad_blocks"))
             return
         now = time.monotonic()
-        self._loads[spec.key] = _Load(spec, now, now + spec.deadline_s, spec.first)
-        peer = self._peer(spec.endpoint)
-        self._send(peer, wire.Subscribe(spec.key, spec.epoch, self._name, spec.first))
+        load = _Load(spec, now, now + spec.deadline_s)
+        load.blocks = {span.group: (span.first, span.block_ids) for span in spec.spans}
+        self._loads[spec.key] = load
+        for source in spec.sources:
+            missing = {s.group: set(range(s.first, s.first + len(s.block_ids))) for s in spec.spans}
+            load.parts.append(_Part(load, source, missing))
+        for part in load.parts:
+            peer = self._peer(part.source.endpoint)
+            if peer.up:
+                self._subscribe(peer, part)
 
     def unload(self, key: wire.Key, reason: str) -> None:
         """Stop a load. Answered by ``Failed`` in any case: after it, nothing writes for this key."""
-        if key in self._loads:
-            self._fail(key, reason)
+        if (load := self._loads.get(key)) is not None:
+            self._fail(load, reason)
         else:
             self._emit(wire.Failed(key, reason))
 
@@ -102,134 +196,396 @@ class Consumer:
         """What is in flight now."""
         return wire.Stats(loads=len(self._loads))
 
+    def close(self) -> None:
+        """Let go of the transports; after the loop has stopped."""
+        self._waiter.stop()
+        for peer in self._peers.values():
+            if peer.receiver is not None:
+                peer.receiver.close()
+        for transport in self._transports.values():
+            transport.close()
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError if subscriptions and loads do not match; on the loop."""
+        for sub, part in self._parts.items():
+            assert part.sub == sub
+            assert self._loads.get(part.load.spec.key) is part.load
+        for load in self._loads.values():
+            assert not load.failed or load.writing > 0
+
     def _in_range(self, spec: wire.Load) -> bool:
-        return all(0 < block < self._cache.blocks for block in spec.block_ids)
+        """Whether blocks and heads exist here; block 0 is never written."""
+        shapes = self._cache.shapes
+        return bool(spec.sources) and all(
+            0 <= span.group < len(shapes)
+            and all(0 < block < self._cache.blocks for block in span.block_ids)
+            and all(
+                0 <= s.first < s.last and 0 <= s.put <= shapes[span.group].heads - (s.last - s.first)
+                for s in spec.sources
+            )
+            for span in spec.spans
+        )
+
+    # --- connections ---
 
     def _peer(self, endpoint: str) -> _Peer:
+        now = time.monotonic()
         if (peer := self._peers.get(endpoint)) is None:
-            socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
-            socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_PAYLOAD)
-            socket.setsockopt(zmq.LINGER, 0)
-            socket.setsockopt(zmq.RCVHWM, 64)
-            socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
-            if self._keys_dir is not None:
-                apply_curve_client(socket, self._keys_dir)
-            monitor: zmq.Socket[bytes] = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+            socket = self._open(endpoint)
+            monitor: Socket = socket.get_monitor_socket(_EVENTS)
+            peer = self._peers[endpoint] = _Peer(endpoint, socket, monitor, now, now)
+            self._loop.add(socket, lambda: self._receive(peer, socket))
+            self._loop.add(monitor, lambda: self._monitored(peer))
             socket.connect(endpoint)
-            peer = self._peers[endpoint] = _Peer(socket, monitor, time.monotonic())
-            self._loop.add(socket, lambda: self._receive(endpoint))
-            self._loop.add(monitor, lambda: self._disconnected(endpoint))
-        peer.idle_since = time.monotonic()
+        peer.idle_since = now
         return peer
+
+    def _open(self, endpoint: str) -> Socket:
+        socket: Socket = self._context.socket(zmq.DEALER)
+        socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_PAYLOAD)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.RCVHWM, 64)
+        socket.setsockopt(zmq.RECONNECT_IVL, 20)
+        socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+        set_heartbeat(socket)
+        if self._keys_dir is not None:
+            apply_curve_client(socket, self._keys_dir)
+        return socket
+
+    def _lane(self, endpoint: str) -> tuple[Socket, Callable[[], None]]:
+        """A further connection of a session, and what closes it."""
+        peer = self._peers[endpoint]
+        socket = self._open(endpoint)
+        self._loop.add(socket, lambda: self._receive(peer, socket))
+        socket.connect(endpoint)
+        return socket, lambda: self._loop.remove(socket)
+
+    def _monitored(self, peer: _Peer) -> None:
+        event = recv_monitor_message(peer.monitor)["event"]
+        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self._greet(peer)
+        elif event == zmq.EVENT_DISCONNECTED:
+            self._down(peer)
+            peer.unusable.clear()  # it may come back as another process
+        elif peer.known:  # it was there, and now nobody listens
+            self._give_up(peer, "disconnected")
+
+    def _greet(self, peer: _Peer) -> None:
+        """Begin a session."""
+        self._down(peer)
+        peer.session = next(self._sessions)
+        offers = []
+        for name, transport in self._transports.items():
+            if name not in peer.unusable:
+                try:
+                    offers.append((name, transport.offer()))
+                except Unavailable as error:
+                    log.info("kv_transport_unavailable", extra={"transport": name, "detail": str(error)})
+        self._send(peer, wire.Hello(self._id, peer.session, self._name, tuple(offers)))
+
+    def _down(self, peer: _Peer) -> None:
+        """There is no session: its subscriptions are void, their loads are resumed in the next one."""
+        if not peer.up:
+            return
+        peer.up, peer.trouble_at, peer.unacked = False, time.monotonic(), 0
+        if peer.receiver is not None:
+            peer.receiver.close()
+            peer.receiver = None
+        for load in self._loads_from(peer.endpoint):
+            load.retries += 1
+            for part in load.parts:
+                if part.source.endpoint == peer.endpoint and not part.complete:
+                    self._parts.pop(part.sub, None)
+                    part.sub, part.manifest = 0, None
+                    part.early.clear()
+            if load.retries > MAX_RETRIES:
+                self._fail(load, "disconnected")
+
+    def _loads_from(self, endpoint: str) -> list[_Load]:
+        """Loads that still wait for something from a producer."""
+        return [
+            load
+            for load in self._loads.values()
+            if any(part.source.endpoint == endpoint and not part.complete for part in load.parts)
+        ]
+
+    def _give_up(self, peer: _Peer, reason: str) -> None:
+        for load in self._loads_from(peer.endpoint):
+            self._fail(load, reason)
+
+    def _welcome(self, peer: _Peer, message: wire.Welcome) -> None:
+        if message.session != peer.session or peer.up:
+            return
+        transport = self._transports.get(message.transport)
+        try:
+            if transport is None:
+                raise Unavailable("not offered")
+            peer.receiver = transport.open(
+                message,
+                peer.endpoint,
+                lambda blocks, rows: self._deliver(peer, message.session, blocks, rows),
+                lambda reason: self._broken(peer, message.session, reason),
+            )
+        except Unavailable as error:
+            log.info("kv_transport_unavailable", extra={"transport": message.transport, "detail": str(error)})
+            peer.unusable.add(message.transport)
+            self._greet(peer)
+            return
+        peer.up, peer.known, peer.transport = True, True, message.transport
+        for load in self._loads_from(peer.endpoint):
+            for part in load.parts:
+                if part.source.endpoint == peer.endpoint and part.sub == 0:
+                    self._subscribe(peer, part)
+
+    def _broken(self, peer: _Peer, session: int, reason: str) -> None:
+        """The transport failed under a session: go on without it."""
+        if peer.up and peer.session == session:
+            log.warning("kv_transport_broken", extra={"transport": peer.transport, "detail": reason})
+            peer.unusable.add(peer.transport)
+            self._greet(peer)
 
     def _send(self, peer: _Peer, message: wire.Data) -> None:
         try:
             peer.socket.send(wire.encode(message), zmq.NOBLOCK)
         except zmq.Again:
-            log.warning("kv_peer_send_queue_full")
+            log.warning("kv_peer_send_queue_full", extra={"peer": peer.endpoint})
 
-    def _receive(self, endpoint: str) -> None:
-        peer = self._peers[endpoint]
+    # --- messages ---
+
+    def _receive(self, peer: _Peer, socket: Socket) -> None:
         for _ in range(64):
+            if socket.closed:
+                return
             try:
-                frames = peer.socket.recv_multipart(zmq.NOBLOCK, copy=False)
+                frames = socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return
             try:
-                self._handle(endpoint, wire.decode_data(frames[0].bytes), frames[1:])
+                self._handle(peer, wire.decode_data(frames[0].bytes), frames[1:])
             except wire.KvWireError as error:
-                log.warning("kv_malformed_message", extra={"detail": str(error), "peer": endpoint})
+                log.warning("kv_malformed_message", extra={"detail": str(error), "peer": peer.endpoint})
 
-    def _handle(self, endpoint: str, message: wire.Data, payload: list[zmq.Frame]) -> None:
-        if not isinstance(message, wire.Manifest | wire.Blocks | wire.Refused):
-            raise wire.KvWireError(f"unexpected {type(message).__name__}")
-        load = self._loads.get(message.key)
-        if load is None or load.spec.endpoint != endpoint:
-            return  # late: the load has ended, or it is not this producer's
+    def _handle(self, peer: _Peer, message: wire.Data, frames: list[zmq.Frame]) -> None:
+        match message:
+            case wire.Welcome():
+                self._welcome(peer, message)
+            case wire.Manifest() | wire.Refused() if message.sub in self._parts:
+                part = self._parts[message.sub]
+                if part.source.endpoint == peer.endpoint:
+                    self._answered(peer, part, message)
+            case wire.Refused(0, reason):
+                self._refused(peer, reason)
+            case wire.Blocks():
+                self._announced(peer, message, frames)
+            case wire.Alive() | wire.Manifest() | wire.Refused():
+                pass  # asks whether we are there; or late, for a load that has ended
+            case _:
+                raise wire.KvWireError(f"unexpected {type(message).__name__}")
+
+    def _refused(self, peer: _Peer, reason: str) -> None:
+        """The producer does not know this session, or has no transport for it."""
+        if reason == "no_transport":
+            log.error("kv_no_common_transport", extra={"peer": peer.endpoint})
+            self._give_up(peer, reason)
+        elif peer.up:
+            self._greet(peer)
+
+    def _answered(self, peer: _Peer, part: _Part, message: wire.Manifest | wire.Refused) -> None:
         try:
-            match message:
-                case wire.Manifest():
-                    self._check(load.spec, message)
-                    load.manifest = True
-                    self._finish_if_complete(load)
-                case wire.Blocks():
-                    self._write(load, message, payload)
-                    self._finish_if_complete(load)
-                case wire.Refused(_, reason):
-                    raise _Refusal(reason)
+            if isinstance(message, wire.Refused):
+                raise _Refusal(message.reason)
+            self._check(part, message)
         except _Refusal as refusal:
-            self._fail(message.key, str(refusal))
+            self._fail(part.load, str(refusal))
+            return
+        part.manifest = message
+        early, part.early = part.early, []
+        for blocks, frames in early:
+            self._take(peer, part, blocks, frames)
+        self._finish_part(peer, part)
 
-    def _check(self, spec: wire.Load, manifest: wire.Manifest) -> None:
+    def _check(self, part: _Part, manifest: wire.Manifest) -> None:
         """The producer attests what it will send; anything else than what we asked for is refused."""
+        spec = part.load.spec
         expected = {
-            "stale_epoch": manifest.epoch == spec.epoch,
+            "stale_epoch": manifest.epoch == part.source.epoch,
             "fingerprint": manifest.fingerprint == spec.fingerprint,
-            "layout": manifest.block_bytes == self._cache.block_bytes,
             "prompt_mismatch": manifest.tokens == spec.tokens and manifest.chain == spec.chain,
+            "codec": not manifest.codec or manifest.codec in self._codecs,
+            "layout": self._same_shapes(part, manifest),
         }
         for reason, holds in expected.items():
             if not holds:
                 log.error("kv_manifest_refused", extra={"reason": reason, "security": True})
                 raise _Refusal(reason)
 
-    def _write(self, load: _Load, message: wire.Blocks, payload: list[zmq.Frame]) -> None:
-        if not load.manifest or message.first != load.next or message.first + message.count > load.last:
-            raise _Refusal("out_of_range")
-        if len(payload) != 1 or message.count < 1:
-            raise _Refusal("malformed")
-        at = message.first - load.spec.first
-        data = payload[0].buffer
-        try:
-            self._cache.scatter(load.spec.block_ids[at : at + message.count], data)
-        except ValueError as error:
-            raise _Refusal("wrong_length") from error
-        load.first_at = load.first_at or time.monotonic()
-        load.next += message.count
-        load.nbytes += len(data)
-
-    def _finish_if_complete(self, load: _Load) -> None:
-        if not load.manifest or load.next < load.last:
-            return
-        spec, now = load.spec, time.monotonic()
-        del self._loads[spec.key]
-        self._send(self._peer(spec.endpoint), wire.Done(spec.key))
-        first_at = load.first_at or now
-        self._emit(
-            wire.Loaded(spec.key, load.nbytes, len(spec.block_ids), first_at - load.started, now - first_at)
+    def _same_shapes(self, part: _Part, manifest: wire.Manifest) -> bool:
+        codec = self._codecs.get(manifest.codec)
+        if len(manifest.shapes) != len(self._cache.shapes):
+            return False
+        return all(
+            theirs.layers == ours.layers
+            and theirs.row_bytes == (codec.encoded_bytes(ours.row_bytes) if codec else ours.row_bytes)
+            and part.source.last <= theirs.heads
+            for theirs, ours in zip(manifest.shapes, self._cache.shapes, strict=True)
         )
 
-    def _fail(self, key: wire.Key, reason: str) -> None:
-        load = self._loads.pop(key)
-        self._send(self._peer(load.spec.endpoint), wire.Drop(key))
-        self._emit(wire.Failed(key, reason))
+    def _announced(self, peer: _Peer, message: wire.Blocks, frames: list[zmq.Frame]) -> None:
+        part = self._parts.get(message.sub)
+        if part is None or part.source.endpoint != peer.endpoint:  # late: its load has ended
+            if peer.receiver is not None and 0 <= message.nbytes <= wire.MAX_PAYLOAD:
+                peer.receiver.skip(message)
+                self._ack(peer, message.nbytes)
+            return
+        if part.manifest is None:
+            part.early.append((message, frames))
+        else:
+            self._take(peer, part, message, frames)
 
-    def _disconnected(self, endpoint: str) -> None:
-        recv_monitor_message(self._peers[endpoint].monitor)
-        for key in [k for k, load in self._loads.items() if load.spec.endpoint == endpoint]:
-            self._fail(key, "disconnected")
+    def _take(self, peer: _Peer, part: _Part, message: wire.Blocks, frames: list[zmq.Frame]) -> None:
+        """Have the transport get a payload that is one of those wanted."""
+        assert part.manifest is not None
+        try:
+            if message.group not in part.missing or not set(_blocks(message)) <= part.missing[message.group]:
+                raise _Refusal("out_of_range")
+            if peer.receiver is not None:
+                shape = part.manifest.shapes[message.group]
+                peer.receiver.receive(message, shape, part.heads, frames)
+        except (_Refusal, wire.KvWireError) as error:
+            log.error("kv_blocks_refused", extra={"detail": str(error), "security": True})
+            self._fail(part.load, str(error) if isinstance(error, _Refusal) else "wrong_length")
+
+    def _deliver(self, peer: _Peer, session: int, message: wire.Blocks, rows: Any) -> None:
+        """The payload is here: verify it, write it, count it."""
+        if not peer.up or peer.session != session:
+            return
+        self._ack(peer, message.nbytes)
+        part = self._parts.get(message.sub)
+        if part is None or part.manifest is None:
+            return
+        load, now = part.load, time.monotonic()
+        if now >= load.deadline:  # the producer may have used the memory again
+            self._fail(load, "timeout")
+            return
+        if message.digest and digest(rows) != message.digest:
+            log.error("kv_digest_mismatch", extra={"ticket": load.spec.key.id.hex(), "security": True})
+            self._fail(load, "corrupt")
+            return
+        if part.manifest.codec:
+            rows = self._codecs[part.manifest.codec].decode(rows)
+        first, block_ids = load.blocks[message.group]
+        at = message.first - first
+        fence = self._cache.scatter(message.group, block_ids[at : at + message.count], rows, part.source.put)
+        load.first_at = load.first_at or now
+        load.nbytes += message.nbytes
+        if fence is None:
+            load.scatter_s += time.monotonic() - now
+            self._wrote(peer, part, message)
+        else:
+            load.writing += 1
+            self._waiter.after(fence, lambda: self._fenced(peer, part, message, now))
+
+    def _fenced(self, peer: _Peer, part: _Part, message: wire.Blocks, since: float) -> None:
+        load = part.load
+        load.writing -= 1
+        load.scatter_s += time.monotonic() - since
+        if load.failed:
+            self._emit_failed(load)
+        else:
+            self._wrote(peer, part, message)
+
+    def _wrote(self, peer: _Peer, part: _Part, message: wire.Blocks) -> None:
+        part.missing[message.group].difference_update(_blocks(message))
+        self._finish_part(peer, part)
+
+    def _ack(self, peer: _Peer, nbytes: int) -> None:
+        peer.unacked += nbytes
+        if peer.unacked >= ACK_BYTES:
+            self._send(peer, wire.Ack(peer.session, peer.unacked))
+            peer.unacked = 0
+
+    # --- loads ---
+
+    def _subscribe(self, peer: _Peer, part: _Part) -> None:
+        load = part.load
+        part.sub = next(self._subs)
+        self._parts[part.sub] = part
+        left = max(0.0, load.deadline - time.monotonic())
+        self._send(
+            peer,
+            wire.Subscribe(load.spec.key, part.sub, part.source.epoch, part.wants(), part.heads, left),
+        )
+
+    def _finish_part(self, peer: _Peer, part: _Part) -> None:
+        load = part.load
+        if not part.complete or part.sub not in self._parts:
+            return
+        del self._parts[part.sub]
+        load.transport = peer.transport
+        self._send(peer, wire.Done(load.spec.key, part.sub))
+        if all(p.complete for p in load.parts):
+            del self._loads[load.spec.key]
+            now = time.monotonic()
+            first_at = load.first_at or now
+            blocks = sum(len(span.block_ids) for span in load.spec.spans)
+            self._emit(
+                wire.Loaded(
+                    load.spec.key,
+                    load.nbytes,
+                    blocks,
+                    first_at - load.started,
+                    now - first_at,
+                    load.scatter_s,
+                    load.transport,
+                    load.retries,
+                )
+            )
+
+    def _fail(self, load: _Load, reason: str) -> None:
+        """End a load. While copies into the cache run, ``Failed`` waits for them."""
+        if load.failed:
+            return
+        load.failed = reason
+        for part in load.parts:
+            if self._parts.pop(part.sub, None) is not None:
+                self._send(self._peer(part.source.endpoint), wire.Drop(load.spec.key, part.sub))
+        self._emit_failed(load)
+
+    def _emit_failed(self, load: _Load) -> None:
+        if load.writing == 0:
+            del self._loads[load.spec.key]
+            self._emit(wire.Failed(load.spec.key, load.failed))
 
     def _tick(self) -> None:
         now = time.monotonic()
-        for key in [k for k, load in self._loads.items() if load.deadline <= now]:
-            self._fail(key, "timeout")
+        for load in [load for load in self._loads.values() if load.deadline <= now]:
+            self._fail(load, "timeout")
         if now >= self._alive_due:
             self._alive_due = now + ALIVE_S
             self._keep_alive()
-        busy = {load.spec.endpoint for load in self._loads.values()}
-        for endpoint, peer in list(self._peers.items()):
-            if endpoint not in busy and now - peer.idle_since > IDLE_S:
-                self._hang_up(endpoint, peer)
+        for peer in list(self._peers.values()):
+            waiting = self._loads_from(peer.endpoint)
+            patience = RESUME_S if peer.known else CONNECT_S
+            for load in waiting if not peer.up else ():
+                if now - max(peer.trouble_at, load.started) > patience:
+                    self._fail(load, "disconnected" if peer.known else "unreachable")
+            if not waiting and now - peer.idle_since > IDLE_S:
+                self._hang_up(peer)
 
     def _keep_alive(self) -> None:
         waiting: dict[str, list[wire.Key]] = {}
-        for key, load in self._loads.items():
-            waiting.setdefault(load.spec.endpoint, []).append(key)
+        for part in self._parts.values():
+            waiting.setdefault(part.source.endpoint, []).append(part.load.spec.key)
         for endpoint, keys in waiting.items():
             self._send(self._peer(endpoint), wire.Alive(tuple(keys)))
 
-    def _hang_up(self, endpoint: str, peer: _Peer) -> None:
+    def _hang_up(self, peer: _Peer) -> None:
+        self._down(peer)
         peer.socket.disable_monitor()
         self._loop.remove(peer.monitor)
         self._loop.remove(peer.socket)
-        del self._peers[endpoint]
+        del self._peers[peer.endpoint]
+
+
+def _blocks(message: wire.Blocks) -> range:
+    return range(message.first, message.first + message.count)

@@ -74,6 +74,11 @@ class ControlServer:
         while len(self.ranks) < ranks:
             self._changed.clear()
             await self._changed.wait()
+        return self.in_order
+
+    @property
+    def in_order(self) -> list[wire.Ready]:
+        """What the ranks have said of themselves, in rank order."""
         return [self.ranks[i] for i in sorted(self.ranks)]
 
     async def send(self, commands: list[wire.Command]) -> None:

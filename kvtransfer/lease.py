@@ -1,98 +1,162 @@
-"""Who may still read what: the producer's table of leases. Pure state, no sockets, clock injected.
+"""Who may still read what: the producer's table of leases. Pure state, no sockets; clock and memory injected.
 
 Life of a lease::
 
-    open --> waiting (no room yet) --> held --(all pieces published)--> complete --> closed
-                                        |                                  ^
-                                        +---- close(cancelled, ...) -------+
+    open --> waiting (no room yet) --> held --(all pieces published)--> held
+                |                        |
+                +------- close ----------+--> closing (somebody may still read or write it) --> gone
 
-A lease is closed when every expected subscriber is done or has dropped it, when its owner closes it,
-or ``lease_s`` after the last piece or word of a subscriber (one that waits says so every few seconds).
+A lease closes when every expected subscriber has ended (its owner is told ``done``), when its owner closes
+it, or ``lease_s`` after the last piece or word of a subscriber; one that waits says so every few seconds, and
+so its lease lives. A closed lease gives its memory back when nobody writes it any more and each subscription
+has ended or passed its deadline; the consumer counts no block that comes after the deadline. Both clocks are
+monotonic, and the producer's span begins later than the consumer's.
+
 Subscriptions may come before the lease is opened (both are dispatched at the same time, and a prompt may
-queue at the producer); they wait for ``lease_s`` after their subscriber was last heard of.
+queue at the producer); they wait for ``lease_s`` after their consumer was last heard of.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
-from kvtransfer.wire import Key, Manifest
+from kvtransfer.wire import Key, Manifest, Want
 
-P = TypeVar("P")
-"""A piece: whatever the producer publishes (a tensor of blocks)."""
+SubId = tuple[bytes, int]
+"""Consumer and its subscription number."""
+
+
+class Span(Protocol):
+    """Anything that covers blocks of a group: a piece."""
+
+    @property
+    def group(self) -> int: ...
+    @property
+    def first(self) -> int: ...
+    @property
+    def last(self) -> int: ...
+
+
+P = TypeVar("P", bound=Span)
 
 
 @dataclass(slots=True)
 class Subscriber:
-    """A consumer of one lease. ``sent``: leading blocks already sent to it."""
+    """A subscription. ``until``: monotonic seconds of its deadline; ``fed``: pieces of each group that it
+    has been sent or does not want."""
 
-    address: bytes
-    have: int
-    sent: int = 0
-    done: bool = False
+    id: SubId
+    wants: dict[int, Want]
+    heads: tuple[int, int]
+    until: float
+    ended: bool = False
+    fed: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class Lease(Generic[P]):
-    """One prompt's KV. ``pieces`` are ``(first, count, piece)`` in block order without gaps."""
+    """One prompt's KV.
 
+    Attributes:
+        spans: the blocks that will be published, by group.
+        pieces: what has been, by group, in block order without gaps.
+        at: where its memory begins once it is held.
+        writers: threads that fill a piece now.
+    """
+
+    key: Key
     manifest: Manifest
-    blocks: int
+    spans: dict[int, Want]
     nbytes: int
     expected: int
-    pieces: list[tuple[int, int, P]] = field(default_factory=list)
-    subscribers: dict[bytes, Subscriber] = field(default_factory=dict)
-    published: int = 0
+    pieces: dict[int, list[P]] = field(default_factory=dict)
+    subscribers: dict[SubId, Subscriber] = field(default_factory=dict)
+    at: int = -1
+    writers: int = 0
+    finished: int = 0
     heard: float = 0.0
 
     @property
     def spent(self) -> bool:
         """Every expected subscriber has ended."""
-        return sum(s.done for s in self.subscribers.values()) >= self.expected
+        return self.finished >= self.expected
+
+    def published(self, group: int) -> int:
+        """The group's first block that has not been published."""
+        pieces = self.pieces.get(group)
+        return pieces[-1].last if pieces else self.spans[group].first
+
+    def next_parcels(self, subscriber: Subscriber) -> list[tuple[P, int]]:
+        """Published pieces that the subscription wants and has not been fed, each with the number of its
+        leading blocks to leave out. They count as fed from here on."""
+        found = []
+        for group, want in subscriber.wants.items():
+            pieces = self.pieces.get(group, [])
+            for piece in pieces[subscriber.fed.get(group, 0) :]:
+                if piece.last > want.first and piece.first < want.first + want.count:
+                    found.append((piece, max(0, want.first - piece.first)))
+            subscriber.fed[group] = len(pieces)
+        return found
 
 
 class LeaseTable(Generic[P]):
-    """The producer's leases under a bound of ``capacity`` bytes.
+    """The producer's leases, in memory that is bounded by what ``allocate`` gives.
 
     Args:
-        capacity: bytes that may be reserved at the same time.
+        allocate: gives the offset of that many bytes, or None while there is no room.
+        free: takes ``(offset, bytes)`` back.
+        capacity: what ``allocate`` could give at most.
         lease_s: seconds a lease is kept without a new piece and without hearing from a subscriber.
         clock: monotonic seconds.
     """
 
-    def __init__(self, capacity: int, lease_s: float, clock: Callable[[], float]) -> None:
-        self.capacity = capacity
+    def __init__(
+        self,
+        allocate: Callable[[int], int | None],
+        free: Callable[[int, int], None],
+        capacity: int,
+        lease_s: float,
+        clock: Callable[[], float],
+    ) -> None:
+        self._allocate = allocate
+        self._free = free
+        self._capacity = capacity
         self.lease_s = lease_s
         self._clock = clock
         self.held: dict[Key, Lease[P]] = {}
         self.waiting: OrderedDict[Key, Lease[P]] = OrderedDict()
-        self.early: dict[Key, tuple[float, dict[bytes, Subscriber]]] = {}
-        self.reserved = 0
+        self.closing: list[Lease[P]] = []
+        self.early: dict[Key, tuple[float, dict[SubId, Subscriber]]] = {}
+
+    @property
+    def reserved(self) -> int:
+        """Bytes of leases that are held or closing."""
+        return sum(lease.nbytes for lease in (*self.held.values(), *self.closing))
 
     def open(self, lease: Lease[P]) -> None:
         """Queue a lease for room. Raises ValueError for a key in use or a lease that can never fit."""
-        key = lease.manifest.key
-        if key in self.held or key in self.waiting:
+        if self.knows(lease.key):
             raise ValueError("key is in use")
-        if lease.nbytes > self.capacity:
-            raise ValueError(f"{lease.nbytes} bytes of KV are over the staging bound of {self.capacity}")
-        _, lease.subscribers = self.early.pop(key, (0.0, {}))
+        if lease.nbytes > self._capacity:
+            raise ValueError(f"{lease.nbytes} bytes of KV are over the staging bound of {self._capacity}")
+        _, lease.subscribers = self.early.pop(lease.key, (0.0, {}))
         lease.heard = self._clock()
-        self.waiting[key] = lease
+        self.waiting[lease.key] = lease
 
     def grant(self) -> list[Lease[P]]:
         """Reserve room for the waiting leases that fit, first come first served, and hold them."""
         granted = []
         while self.waiting:
             key, lease = next(iter(self.waiting.items()))
-            if self.reserved + lease.nbytes > self.capacity:
+            at = self._allocate(lease.nbytes)
+            if at is None:
                 break
             del self.waiting[key]
+            lease.at, lease.heard = at, self._clock()
             self.held[key] = lease
-            self.reserved += lease.nbytes
             granted.append(lease)
         return granted
 
@@ -101,70 +165,116 @@ class LeaseTable(Generic[P]):
         return key in self.held or key in self.waiting
 
     def subscribe(self, key: Key, subscriber: Subscriber) -> Lease[P] | None:
-        """Add a consumer (again: replaces it). Returns the lease if it is held."""
+        """Add a subscription. Returns the lease if it is held."""
         lease = self.held.get(key) or self.waiting.get(key)
         if lease is None:
-            _, early = self.early.setdefault(key, (self._clock(), {}))
-            early[subscriber.address] = subscriber
+            _, early = self.early.pop(key, (0.0, {}))
+            self.early[key] = self._clock(), {**early, subscriber.id: subscriber}
             return None
-        lease.subscribers[subscriber.address] = subscriber
+        lease.subscribers[subscriber.id] = subscriber
         lease.heard = self._clock()
         return lease if key in self.held else None
 
-    def publish(self, key: Key, first: int, count: int, piece: P) -> Lease[P] | None:
+    def publish(self, key: Key, piece: P) -> Lease[P] | None:
         """Add a piece; returns the lease, or None if it has ended. Raises ValueError for a gap."""
         lease = self.held.get(key)
         if lease is None:
             return None
-        if first != lease.published or first + count > lease.blocks:
-            raise ValueError(f"piece [{first}, {first + count}) does not follow block {lease.published}")
-        lease.pieces.append((first, count, piece))
-        lease.published += count
+        span, expected = lease.spans[piece.group], lease.published(piece.group)
+        if piece.first != expected or piece.last > span.first + span.count:
+            raise ValueError(f"piece [{piece.first}, {piece.last}) does not follow block {expected}")
+        lease.pieces.setdefault(piece.group, []).append(piece)
         lease.heard = self._clock()
         return lease
 
     def alive(self, key: Key) -> None:
         """A subscriber still waits: its lease lives on, and so does a subscription before its lease."""
-        if (lease := self.held.get(key)) is not None:
+        if (lease := self.held.get(key) or self.waiting.get(key)) is not None:
             lease.heard = self._clock()
         elif (early := self.early.get(key)) is not None:
             self.early[key] = (self._clock(), early[1])
 
-    def end_subscriber(self, key: Key, address: bytes) -> bool:
-        """A consumer is done or has dropped the lease. Returns whether the lease is now spent."""
+    def end_subscriber(self, key: Key, sub: SubId) -> bool:
+        """A consumer has, or no longer wants, what it subscribed. Returns whether its lease is now spent."""
         if (entry := self.early.get(key)) is not None:
-            entry[1].pop(address, None)
+            entry[1].pop(sub, None)
             if not entry[1]:
                 del self.early[key]
-        lease = self.held.get(key) or self.waiting.get(key)
-        if lease is None:
-            return False
-        if (subscriber := lease.subscribers.get(address)) is not None:
-            subscriber.done = True
-        return lease.spent
+        for lease in self._all(key):
+            if (subscriber := lease.subscribers.get(sub)) is not None and not subscriber.ended:
+                subscriber.ended = True
+                lease.finished += 1
+        current = self.held.get(key) or self.waiting.get(key)
+        return current is not None and current.spent
+
+    def forget_consumer(self, consumer: bytes, reads_on: bool) -> None:
+        """A consumer is gone, or starts over and subscribes anew: its subscriptions are no more.
+
+        They don't count towards ``expected``: it has not got what it subscribed. With ``reads_on`` it may
+        still read, until their deadlines.
+        """
+        for key, (at, early) in list(self.early.items()):
+            kept = {sub: s for sub, s in early.items() if sub[0] != consumer}
+            self.early[key] = at, kept
+            if not kept:
+                del self.early[key]
+        if reads_on:
+            return
+        for lease in (*self.held.values(), *self.waiting.values(), *self.closing):
+            for sub in [sub for sub, s in lease.subscribers.items() if sub[0] == consumer and not s.ended]:
+                del lease.subscribers[sub]
 
     def close(self, key: Key) -> Lease[P] | None:
-        """Forget a lease and give its room back. Idempotent: None if it is not there."""
+        """End a lease. Its memory comes back with a later :meth:`reclaim`. Idempotent: None if not there."""
         if (lease := self.held.pop(key, None)) is not None:
-            self.reserved -= lease.nbytes
+            self.closing.append(lease)
             return lease
         return self.waiting.pop(key, None)
 
-    def overdue(self) -> tuple[list[Key], list[tuple[Key, list[Subscriber]]]]:
+    def reclaim(self) -> bool:
+        """Free the memory of closing leases that nobody uses any more. Returns whether there was any."""
+        now = self._clock()
+        ready = [lease for lease in self.closing if not self._in_use(lease, now)]
+        for lease in ready:
+            self.closing.remove(lease)
+            self._free(lease.at, lease.nbytes)
+        return bool(ready)
+
+    def overdue(self) -> tuple[list[Key], list[Subscriber]]:
         """Keys of leases to close, and early subscriptions to refuse (forgotten here)."""
         limit = self._clock() - self.lease_s
         expired = [key for key, lease in self.held.items() if lease.heard < limit]
-        lapsed = [(key, list(subs.values())) for key, (at, subs) in self.early.items() if at < limit]
-        for key, _ in lapsed:
-            del self.early[key]
-        return expired, lapsed
+        lapsed = [key for key, (at, _) in self.early.items() if at < limit]
+        subscribers = [s for key in lapsed for s in self.early.pop(key)[1].values()]
+        return expired, subscribers
 
     def check_integrity(self) -> None:
         """Raise AssertionError if the accounts do not add up."""
-        assert self.reserved == sum(lease.nbytes for lease in self.held.values())
-        assert 0 <= self.reserved <= self.capacity
+        assert 0 <= self.reserved <= self._capacity
         assert not set(self.held) & set(self.waiting)
         assert not set(self.early) & (set(self.held) | set(self.waiting))
-        for lease in self.held.values():
-            assert lease.published == sum(count for _, count, _ in lease.pieces) <= lease.blocks
-        assert all(not lease.pieces for lease in self.waiting.values())
+        assert all(early for _, early in self.early.values())
+        for lease in (*self.held.values(), *self.closing):
+            assert lease.at >= 0
+            assert lease.writers >= 0
+            for group, pieces in lease.pieces.items():
+                _assert_in_a_row(lease.spans[group], pieces)
+        assert all(lease.at < 0 and not lease.pieces for lease in self.waiting.values())
+
+    def _all(self, key: Key) -> Iterable[Lease[P]]:
+        """The key's leases, also those that are closing."""
+        found = [lease for lease in self.closing if lease.key == key]
+        current = self.held.get(key) or self.waiting.get(key)
+        return found if current is None else [*found, current]
+
+    @staticmethod
+    def _in_use(lease: Lease[P], now: float) -> bool:
+        return lease.writers > 0 or any(not s.ended and s.until > now for s in lease.subscribers.values())
+
+
+def _assert_in_a_row(span: Want, pieces: Iterable[Span]) -> None:
+    at = span.first
+    for piece in pieces:
+        assert piece.first == at < piece.last
+        at = piece.last
+    assert at <= span.first + span.count

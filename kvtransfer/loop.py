@@ -46,10 +46,10 @@ class Loop(threading.Thread):
         self._handlers[socket] = handler
 
     def remove(self, socket: zmq.Socket[bytes]) -> None:
-        """Forget and close a socket."""
-        self._poller.unregister(socket)
-        del self._handlers[socket]
-        socket.close(linger=0)
+        """Forget and close a socket. Idempotent."""
+        if self._handlers.pop(socket, None) is not None:
+            self._poller.unregister(socket)
+            socket.close(linger=0)
 
     def every_tick(self, timer: Callable[[], None]) -> None:
         """Call ``timer`` about every :data:`TICK_S` seconds."""

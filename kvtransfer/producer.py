@@ -1,40 +1,78 @@
-"""The producer's end: serves staged KV blocks to consumers over a ZMQ ROUTER socket."""
+"""The producer's end: holds staged KV blocks and serves them to consumers."""
 
 from __future__ import annotations
 
+import errno
 import logging
+import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+import msgspec
 import torch
 import zmq
 
 from braid.keys import apply_curve_server
 from kvtransfer import wire
+from kvtransfer.arena import Arena
+from kvtransfer.digest import Digests
+from kvtransfer.fence import Fence, Waiter
 from kvtransfer.lease import Lease, LeaseTable, Subscriber
 from kvtransfer.loop import Loop
+from kvtransfer.plan import pieces
+from kvtransfer.sockets import set_heartbeat
+from kvtransfer.transport import Parcel, Piece, ProducerTransport, Sender, Unavailable
+from kvtransfer.transport.zmq import ZmqSender
 
 log = logging.getLogger("braid.kvtransfer")
 
 MAX_EARLY = 4096
 """Subscriptions held for keys that are not open yet; more are refused."""
+WINDOW_BYTES = 64 * 1024 * 1024
+"""Payload on its way to one consumer; more waits in staging until the consumer acknowledges."""
+SILENCE_S = 1.0
+"""A consumer not heard of for this long is asked whether it is there (by sending it something)."""
+
+Fill = Callable[[range, torch.Tensor], Fence | None]
+"""Writes blocks, numbered from the first one handed over, into ``[layers, count, heads, row_bytes]``."""
+
+
+@dataclass(slots=True)
+class _Session:
+    """One connected consumer. ``queue``: parcels that wait for the window."""
+
+    address: bytes
+    consumer: bytes
+    number: int
+    name: str
+    sender: Sender
+    queue: deque[Parcel] = field(default_factory=deque)
+    unacked: int = 0
+    heard: float = 0.0
+    subscriptions: dict[int, wire.Key] = field(default_factory=dict)
 
 
 class Producer:
     """Holds finished blocks of prompts in host memory and streams them to subscribers.
 
-    All methods but :meth:`publish` run on ``loop``; ``publish`` may be called from any thread and
-    hands the tensor over (the caller does not touch it again). A piece's memory lives until the lease
-    has ended and ZMQ has sent it.
+    All methods but :meth:`stage` run on ``loop``. A piece's memory is used again only when its lease has
+    closed and every subscription has ended or passed its deadline (:mod:`kvtransfer.lease`).
 
     Args:
         loop: thread that will own the socket.
         bind: ZMQ endpoint; ``tcp://127.0.0.1:*`` picks a free port.
         epoch: of this engine; subscriptions to another are refused as ``stale_epoch``.
-        block_bytes: of one block over all layers of this rank.
-        capacity, lease_s: see :class:`~kvtransfer.lease.LeaseTable`.
+        shapes: of this rank's groups, as blocks travel.
+        arena: the memory blocks are staged in; the producer closes it.
+        lease_s: see :class:`~kvtransfer.lease.LeaseTable`.
         emit: receives ``Opened``, ``Closed``.
+        transports: makes those this producer has, given its socket and the arena.
+        piece_bytes: largest parcel (one block at least).
+        codec: names how rows are encoded ("" for not at all).
     """
 
     def __init__(
@@ -44,58 +82,134 @@ class Producer:
         *,
         bind: str,
         epoch: int,
-        block_bytes: int,
-        capacity: int,
+        shapes: Sequence[wire.Shape],
+        arena: Arena,
         lease_s: float,
         emit: Callable[[wire.Event], None],
+        transports: Callable[[zmq.Socket[bytes], Arena], Sequence[ProducerTransport]],
+        piece_bytes: int,
+        digests: Digests,
+        codec: str = "",
         keys_dir: Path | None = None,
     ) -> None:
         self._loop = loop
         self._epoch = epoch
-        self._block_bytes = block_bytes
+        self._shapes = tuple(shapes)
         self._emit = emit
-        self.table: LeaseTable[torch.Tensor] = LeaseTable(capacity, lease_s, time.monotonic)
-        self._socket: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_MESSAGE)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.SNDHWM, 0)
-        if keys_dir is not None:
-            apply_curve_server(self._socket, keys_dir)
-        self._socket.bind(bind)
+        self._arena = arena
+        self._memory = torch.frombuffer(arena.memory, dtype=torch.uint8)
+        self._piece_bytes = piece_bytes
+        self._digests = digests
+        self._codec = codec
+        self.table: LeaseTable[Piece] = LeaseTable(
+            arena.allocate, arena.free, arena.capacity, lease_s, time.monotonic
+        )
+        self._lock = threading.Lock()  # a lease's end against a thread that begins to fill it
+        self._waiter = Waiter(loop, "braid-kv-fence")
+        self._sessions: dict[bytes, _Session] = {}
+        self._socket = self._bind(context, bind, keys_dir)
         self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._transports = {t.name: t for t in transports(self._socket, arena)}
         loop.add(self._socket, self._receive)
         loop.every_tick(self._tick)
+
+    @staticmethod
+    def _bind(context: zmq.Context[zmq.Socket[bytes]], bind: str, keys_dir: Path | None) -> zmq.Socket[bytes]:
+        socket: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
+        socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_MESSAGE)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.SNDHWM, 0)  # bounded by the window
+        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # sending to a consumer that is gone is an error
+        set_heartbeat(socket)
+        if keys_dir is not None:
+            apply_curve_server(socket, keys_dir)
+        socket.bind(bind)
+        return socket
+
+    def close(self) -> None:
+        """Let go of transports and memory; after the loop has stopped."""
+        self._waiter.stop()
+        for session in self._sessions.values():
+            session.sender.close()
+        for transport in self._transports.values():
+            transport.close()
+        self._arena.close()
+
+    # --- leases ---
 
     def open(self, message: wire.Open) -> None:
         """Reserve staging; answered by ``Opened`` when there is room, or ``Closed`` if refused."""
         manifest = wire.Manifest(
-            message.key,
-            self._epoch,
-            message.tokens,
-            message.chain,
-            message.fingerprint,
-            self._block_bytes,
+            0, self._epoch, message.tokens, message.chain, message.fingerprint, self._shapes, self._codec
         )
-        nbytes = message.blocks * self._block_bytes
+        spans = {span.group: span for span in message.spans}
         try:
-            self.table.open(Lease(manifest, message.blocks, nbytes, message.subscribers))
-        except ValueError as error:
+            nbytes = sum(span.count * self._shapes[span.group].block_bytes for span in message.spans)
+            self.table.open(Lease(message.key, manifest, spans, nbytes, message.subscribers))
+        except (ValueError, IndexError) as error:
             self._emit(wire.Closed(message.key, str(error)))
             return
         self._grant()
 
-    def publish(self, key: wire.Key, first: int, piece: torch.Tensor) -> None:
-        """Hand over blocks ``[first, first + piece.shape[1])``, in order, from any thread."""
-        self._loop.call_soon(lambda: self._publish(key, first, piece))
+    def stage(self, key: wire.Key, group: int, first: int, count: int, fill: Fill) -> bool:
+        """Copy blocks ``[first, first + count)`` of a group into the lease and hand them on; from any thread.
 
-    def close(self, key: wire.Key, reason: str) -> None:
+        ``fill`` is called here, once a piece; blocks are sent as soon as its fence has passed. Blocks come
+        in order, per group. Returns whether the lease is still there.
+        """
+        with self._lock:
+            lease = self.table.held.get(key)
+            if lease is None:
+                return False
+            lease.writers += 1
+        try:
+            block_bytes = self._shapes[group].block_bytes
+            for run in pieces(0, count, block_bytes, self._piece_bytes):
+                piece = self._piece(lease, group, first + run.start, len(run))
+                fence = fill(run, piece.rows)
+                if fence is None:
+                    self._loop.call_soon(partial(self._publish, key, piece))
+                else:
+                    with self._lock:
+                        lease.writers += 1
+                    self._waiter.after(fence, partial(self._written, lease, piece))
+            return True
+        finally:
+            with self._lock:
+                lease.writers -= 1
+
+    def _piece(self, lease: Lease[Piece], group: int, first: int, count: int) -> Piece:
+        """The place of blocks in a lease's memory: groups one after the other, blocks in order."""
+        span, shape = lease.spans[group], self._shapes[group]
+        if not span.first <= first < first + count <= span.first + span.count:
+            raise ValueError(f"blocks [{first}, {first + count}) are not in the lease's {span}")
+        before = sum(s.count * self._shapes[g].block_bytes for g, s in lease.spans.items() if g < group)
+        at = lease.at + before + (first - span.first) * shape.block_bytes
+        rows = self._memory[at : at + count * shape.block_bytes]
+        return Piece(group, first, count, at, rows.view(shape.layers, count, shape.heads, shape.row_bytes))
+
+    def _written(self, lease: Lease[Piece], piece: Piece) -> None:
+        with self._lock:
+            lease.writers -= 1
+        self._publish(lease.key, piece)
+
+    def _publish(self, key: wire.Key, piece: Piece) -> None:
+        lease = self.table.publish(key, piece)
+        if lease is None:
+            return
+        piece.digest = self._digests.of(piece.rows)
+        for subscriber in list(lease.subscribers.values()):
+            self._feed(lease, subscriber)
+
+    def end(self, key: wire.Key, reason: str) -> None:
         """End a lease; subscribers that still wait are refused with ``reason``. Idempotent."""
-        lease = self.table.close(key)
+        with self._lock:
+            lease = self.table.close(key)
         if lease is None:
             return
         for subscriber in lease.subscribers.values():
-            if not subscriber.done:
-                self._send(subscriber.address, wire.Refused(key, reason))
+            if not subscriber.ended:
+                self._tell(subscriber, wire.Refused(subscriber.id[1], reason))
         self._emit(wire.Closed(key, reason))
         self._grant()
 
@@ -105,34 +219,89 @@ class Producer:
         return wire.Stats(table.reserved, len(table.held), len(table.waiting) + len(table.early))
 
     def _grant(self) -> None:
-        for lease in self.table.grant():
-            self._emit(wire.Opened(lease.manifest.key))
-            for subscriber in lease.subscribers.values():
-                self._send(subscriber.address, lease.manifest)
+        with self._lock:
+            self.table.reclaim()
+            granted = self.table.grant()
+        for lease in granted:
+            self._emit(wire.Opened(lease.key))
+            for subscriber in list(lease.subscribers.values()):
+                self._start(lease, subscriber)
 
-    def _publish(self, key: wire.Key, first: int, piece: torch.Tensor) -> None:
-        lease = self.table.publish(key, first, piece.shape[1], piece)
-        if lease is None:
+    # --- subscriptions ---
+
+    def _start(self, lease: Lease[Piece], subscriber: Subscriber) -> None:
+        """Attest what will be sent, and send what is there."""
+        session = self._sessions.get(subscriber.id[0])
+        if session is None:
             return
-        for subscriber in lease.subscribers.values():
-            self._feed(key, lease, subscriber)
-
-    def _feed(self, key: wire.Key, lease: Lease[torch.Tensor], subscriber: Subscriber) -> None:
-        """Send the published pieces that this subscriber lacks."""
-        if subscriber.done:
+        if not self._serves(lease, subscriber):
+            self.table.end_subscriber(lease.key, subscriber.id)
+            self._tell(subscriber, wire.Refused(subscriber.id[1], "bad_blocks"))
             return
-        for first, count, piece in lease.pieces:
-            start = max(first, subscriber.have, subscriber.sent)
-            if start >= first + count:
-                continue
-            part = piece if start == first else piece[:, start - first :].contiguous()
-            payload = memoryview(part.numpy()).cast("B")
-            head = wire.encode(wire.Blocks(key, start, part.shape[1]))
-            self._socket.send_multipart([subscriber.address, head, payload], copy=False)
-            subscriber.sent = first + count
+        self._tell(subscriber, msgspec.structs.replace(lease.manifest, sub=subscriber.id[1]))
+        self._feed(lease, subscriber)
 
-    def _send(self, address: bytes, message: wire.Data) -> None:
-        self._socket.send_multipart([address, wire.encode(message)])
+    def _serves(self, lease: Lease[Piece], subscriber: Subscriber) -> bool:
+        """Whether everything wanted is in the lease."""
+        for group, want in subscriber.wants.items():
+            span = lease.spans.get(group)
+            if span is None or want.count < 1:
+                return False
+            if want.first < span.first or want.first + want.count > span.first + span.count:
+                return False
+            if not 0 <= subscriber.heads[0] < subscriber.heads[1] <= self._shapes[group].heads:
+                return False
+        return True
+
+    def _feed(self, lease: Lease[Piece], subscriber: Subscriber) -> None:
+        """Queue the published pieces that this subscription lacks."""
+        session = self._sessions.get(subscriber.id[0])
+        if session is None or subscriber.ended or subscriber.id[1] not in session.subscriptions:
+            return
+        for piece, skip in lease.next_parcels(subscriber):
+            session.queue.append(Parcel(subscriber.id[1], piece, skip, subscriber.heads))
+        self._pump(session)
+
+    def _pump(self, session: _Session) -> None:
+        """Send what the window allows."""
+        while session.queue and session.unacked < WINDOW_BYTES:
+            parcel = session.queue.popleft()
+            session.unacked += parcel.nbytes
+            whole = parcel.rows.shape == parcel.piece.rows.shape
+            digest = parcel.piece.digest if whole else self._digests.of(parcel.rows, parcel.piece.digest)
+            try:
+                session.sender.send(parcel, digest)
+            except zmq.ZMQError as error:
+                self._gone(session, error)
+                return
+
+    def _tell(self, subscriber: Subscriber, message: wire.Data) -> None:
+        session = self._sessions.get(subscriber.id[0])
+        if session is not None:
+            self._send(session, message)
+
+    def _send(self, session: _Session, message: wire.Data) -> None:
+        try:
+            self._socket.send_multipart([session.address, wire.encode(message)])
+        except zmq.ZMQError as error:
+            self._gone(session, error)
+
+    def _gone(self, session: _Session, error: zmq.ZMQError) -> None:
+        """A consumer's connection is lost: so are its subscriptions. It comes back with a new session."""
+        if error.errno != errno.EHOSTUNREACH:
+            log.error("kv_send_failed", extra={"peer": session.name, "detail": str(error)})
+        if self._sessions.get(session.consumer) is session:
+            del self._sessions[session.consumer]
+            self._end_session(session)
+            self._grant()
+
+    def _end_session(self, session: _Session) -> None:
+        session.queue.clear()
+        session.sender.close()
+        with self._lock:
+            self.table.forget_consumer(session.consumer, session.sender.outlives)
+
+    # --- messages ---
 
     def _receive(self) -> None:
         for _ in range(256):
@@ -148,34 +317,107 @@ class Producer:
 
     def _handle(self, address: bytes, message: wire.Data) -> None:
         match message:
+            case wire.Hello():
+                self._hello(address, message)
+                return
+            case wire.Lane(consumer, number):
+                self._lane(address, consumer, number)
+                return
+        session = self._session_at(address)
+        if session is None:
+            self._reply(address, wire.Refused(0, "no_session"))
+            return
+        session.heard = time.monotonic()
+        match message:
             case wire.Subscribe():
-                self._subscribe(address, message)
-            case wire.Done(key) | wire.Drop(key):
-                if self.table.end_subscriber(key, address):
-                    self.close(key, "done")
+                self._subscribe(session, message)
+            case wire.Ack(number, nbytes):
+                if number == session.number:
+                    session.unacked = max(0, session.unacked - max(0, nbytes))
+                    self._pump(session)
+            case wire.Done(key, sub) | wire.Drop(key, sub):
+                self._ended(session, key, sub)
             case wire.Alive(keys):
                 for key in keys:
                     self.table.alive(key)
             case _:
                 log.warning("kv_unexpected_message", extra={"kind": type(message).__name__})
 
-    def _subscribe(self, address: bytes, message: wire.Subscribe) -> None:
+    def _session_at(self, address: bytes) -> _Session | None:
+        return next((s for s in self._sessions.values() if s.address == address), None)
+
+    def _reply(self, address: bytes, message: wire.Data) -> None:
+        try:
+            self._socket.send_multipart([address, wire.encode(message)])
+        except zmq.ZMQError:
+            log.info("kv_consumer_left")
+
+    def _hello(self, address: bytes, hello: wire.Hello) -> None:
+        """Begin a session with the first transport that works for both; it replaces the consumer's last."""
+        last = self._sessions.get(hello.consumer)
+        if last is not None and last.number >= hello.session:
+            self._reply(address, wire.Refused(0, "stale_session"))
+            return
+        for name, offer in hello.offers:
+            transport = self._transports.get(name)
+            if transport is None:
+                continue
+            try:
+                sender, data = transport.accept(hello, offer, address)
+            except Unavailable as error:
+                log.info("kv_transport_unavailable", extra={"transport": name, "detail": str(error)})
+                continue
+            if last is not None:
+                self._end_session(last)
+            session = _Session(address, hello.consumer, hello.session, hello.name, sender)
+            session.heard = time.monotonic()
+            self._sessions[hello.consumer] = session
+            self._send(session, wire.Welcome(hello.session, name, data))
+            return
+        self._reply(address, wire.Refused(0, "no_transport"))
+
+    def _lane(self, address: bytes, consumer: bytes, number: int) -> None:
+        session = self._sessions.get(consumer)
+        if session is not None and session.number == number and isinstance(session.sender, ZmqSender):
+            session.sender.add_lane(address)
+
+    def _subscribe(self, session: _Session, message: wire.Subscribe) -> None:
         if message.epoch != self._epoch:
-            log.warning("kv_stale_epoch", extra={"subscriber": message.subscriber, "security": True})
-            return self._send(address, wire.Refused(message.key, "stale_epoch"))
+            log.warning("kv_stale_epoch", extra={"peer": session.name, "security": True})
+            return self._send(session, wire.Refused(message.sub, "stale_epoch"))
         if not self.table.knows(message.key) and len(self.table.early) >= MAX_EARLY:
-            return self._send(address, wire.Refused(message.key, "overloaded"))
-        subscriber = Subscriber(address, max(0, message.have))
+            return self._send(session, wire.Refused(message.sub, "overloaded"))
+        until = time.monotonic() + max(0.0, message.deadline_s)
+        wants = {want.group: want for want in message.wants}
+        subscriber = Subscriber((session.consumer, message.sub), wants, message.heads, until)
+        session.subscriptions[message.sub] = message.key
         lease = self.table.subscribe(message.key, subscriber)
         if lease is not None:
-            self._send(address, lease.manifest)
-            self._feed(message.key, lease, subscriber)
+            self._start(lease, subscriber)
+        return None
+
+    def _ended(self, session: _Session, key: wire.Key, sub: int) -> None:
+        session.subscriptions.pop(sub, None)
+        session.queue = deque(parcel for parcel in session.queue if parcel.sub != sub)
+        if self.table.end_subscriber(key, (session.consumer, sub)):
+            self.end(key, "done")
+        elif self.table.closing:
+            self._grant()
 
     def _tick(self) -> None:
         expired, lapsed = self.table.overdue()
         for key in expired:
             log.warning("kv_lease_expired", extra={"ticket": key.id.hex()})
-            self.close(key, "expired")
-        for key, subscribers in lapsed:
-            for subscriber in subscribers:
-                self._send(subscriber.address, wire.Refused(key, "unknown_ticket"))
+            self.end(key, "expired")
+        for subscriber in lapsed:
+            self._tell(subscriber, wire.Refused(subscriber.id[1], "unknown_ticket"))
+        self._look_after_silent()
+        if self.table.closing:
+            self._grant()
+
+    def _look_after_silent(self) -> None:
+        """Send something to consumers that wait in silence: ZMQ knows whether they are still connected."""
+        limit = time.monotonic() - SILENCE_S
+        for session in list(self._sessions.values()):
+            if session.subscriptions and session.heard < limit:
+                self._send(session, wire.Alive(()))

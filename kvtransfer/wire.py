@@ -1,18 +1,24 @@
 """KV messages: between the two ends (data plane) and between a server and its engine's workers.
 
-MessagePack of msgspec tagged structs, unknown fields refused, sizes capped. A ``Blocks`` message is
-followed by one payload frame in the same multipart.
+MessagePack of msgspec tagged structs, unknown fields refused, sizes capped.
 
-Data plane, one ZMQ DEALER (consumer) to ROUTER (producer) connection a rank pair::
+Data plane, one ZMQ DEALER (consumer) to ROUTER (producer) connection a rank pair, the *control lane*. How the
+bytes of blocks travel is the transport's (:mod:`kvtransfer.transport`), agreed once a connection::
 
     consumer                         producer
-    Subscribe(have=k)  ------------>             any time, also before the producer knows the key
+    Hello(offers)      ------------>             after each (re)connection; a new session replaces the old one
+              <------------ Welcome(transport)
+    Subscribe(wants)   ------------>             any time after that, also before the producer knows the key
               <------------ Manifest             as soon as the prompt is admitted: "started"
-              <------------ Blocks + payload     as blocks are finished, in order, from block k
+              <------------ Blocks               as blocks are finished; the payload comes by the transport
+    Ack                ------------>             bytes taken, the window moves on
     Done               ------------>             all blocks are in the cache; the lease may end
     Drop               ------------>             no longer wanted (idempotent)
     Alive              ------------>             still waiting; extends the lease
-              <------------ Refused(reason)      never anything after it for this key
+              <------------ Refused(reason)      never anything after it for this subscription
+
+A subscription is one key, one producer rank, one range of heads; ``sub`` numbers are the consumer's and never
+used again, so what is late for one can't be taken for another's.
 """
 
 from __future__ import annotations
@@ -45,41 +51,118 @@ class _Msg(msgspec.Struct, tag_field="t", frozen=True, forbid_unknown_fields=Tru
     """Base of all messages."""
 
 
-class Subscribe(_Msg, frozen=True, tag="sub"):
-    """``have``: leading blocks the consumer already holds. ``epoch``: the producer's, from the ticket."""
+class Want(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
+    """Blocks ``[first, first + count)`` of a prompt in one KV cache group."""
 
-    key: Key
-    epoch: int
-    subscriber: str
-    have: int
-
-
-class Manifest(_Msg, frozen=True, tag="man"):
-    """What will be sent: ``tokens`` of the prompt, its block-hash ``chain``, the ``fingerprint`` of the
-    model and cache layout, ``block_bytes`` of one block over all layers of this rank."""
-
-    key: Key
-    epoch: int
-    tokens: int
-    chain: bytes
-    fingerprint: str
-    block_bytes: int
-
-
-class Blocks(_Msg, frozen=True, tag="blk"):
-    """Payload: blocks ``[first, first + count)``, shape ``[layers, count, bytes]``, C order."""
-
-    key: Key
+    group: int
     first: int
     count: int
 
 
+class Shape(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
+    """A block of one KV cache group as it travels: ``layers x heads`` rows of ``row_bytes`` on this rank.
+
+    A row is what one head of one layer keeps for the tokens of a block, keys and values; encoded if the
+    manifest names a codec.
+    """
+
+    layers: int
+    heads: int
+    row_bytes: int
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block over all layers and heads."""
+        return self.layers * self.heads * self.row_bytes
+
+
+class Hello(_Msg, frozen=True, tag="hello"):
+    """``consumer``: 16 random bytes of this consumer's life. ``offers``: (transport, what it needs to be
+    told) in order of preference."""
+
+    consumer: bytes
+    session: int
+    name: str
+    offers: tuple[tuple[str, bytes], ...]
+
+
+class Welcome(_Msg, frozen=True, tag="welcome"):
+    """The transport of this session, and what the consumer needs to be told to open its side."""
+
+    session: int
+    transport: str
+    data: bytes
+
+
+class Lane(_Msg, frozen=True, tag="lane"):
+    """First message on a further connection of a session, see :mod:`kvtransfer.transport.zmq`."""
+
+    consumer: bytes
+    session: int
+
+
+class Subscribe(_Msg, frozen=True, tag="sub"):
+    """``epoch``: the producer's, from the ticket. ``heads``: range of the producer rank's heads.
+
+    ``deadline_s``: the consumer counts no block that comes later than this after the subscription was
+    sent, so the producer may use the memory again then, whether or not it hears from the consumer.
+    """
+
+    key: Key
+    sub: int
+    epoch: int
+    wants: tuple[Want, ...]
+    heads: tuple[int, int]
+    deadline_s: float
+
+
+class Manifest(_Msg, frozen=True, tag="man"):
+    """What will be sent: ``tokens`` of the prompt, its block-hash ``chain``, the ``fingerprint`` of the
+    model and cache layout, the ``shapes`` of this rank's groups and the ``codec`` of rows ("" for none)."""
+
+    sub: int
+    epoch: int
+    tokens: int
+    chain: bytes
+    fingerprint: str
+    shapes: tuple[Shape, ...]
+    codec: str = ""
+
+
+class Blocks(_Msg, frozen=True, tag="blk"):
+    """Blocks ``[first, first + count)`` of a group, shape ``[layers, count, heads, row_bytes]``, C order.
+
+    ``at``, ``skip`` and ``heads`` are for transports whose consumer reads the producer's staging itself:
+    the payload lies at ``at`` with ``skip`` more blocks before ``first``, and all ``heads`` of the
+    producer's rank (else 0). ``digest``: xxh3-64 of the payload as it lies in staging, 0 if not computed.
+    """
+
+    sub: int
+    group: int
+    first: int
+    count: int
+    nbytes: int
+    at: int = 0
+    skip: int = 0
+    heads: int = 0
+    digest: int = 0
+
+
+class Ack(_Msg, frozen=True, tag="ack"):
+    """The consumer has taken ``nbytes`` more of this session's payload out of the transport."""
+
+    session: int
+    nbytes: int
+
+
 class Done(_Msg, frozen=True, tag="done"):
     key: Key
+    sub: int
 
 
 class Drop(_Msg, frozen=True, tag="drop"):
     key: Key
+    sub: int
 
 
 class Alive(_Msg, frozen=True, tag="alive"):
@@ -87,18 +170,21 @@ class Alive(_Msg, frozen=True, tag="alive"):
 
 
 class Refused(_Msg, frozen=True, tag="ref"):
-    key: Key
+    """``sub`` 0: the session itself; the consumer says ``Hello`` again."""
+
+    sub: int
     reason: str
 
 
 class Open(_Msg, frozen=True, tag="open"):
-    """Server to producer: reserve staging for a prompt; ``subscribers`` consumers will pull."""
+    """Server to producer: reserve staging for a prompt. ``spans``: the blocks of each group that will be
+    staged; ``subscribers`` consumers will pull."""
 
     key: Key
     tokens: int
-    blocks: int
     chain: bytes
     fingerprint: str
+    spans: tuple[Want, ...]
     subscribers: int
 
 
@@ -122,18 +208,36 @@ class Closed(_Msg, frozen=True, tag="closed"):
     reason: str
 
 
-class Load(_Msg, frozen=True, tag="load"):
-    """Server to consumer: fetch blocks ``[first, first + len(block_ids))`` of ``key`` into these cache
-    blocks. Until ``Loaded`` or ``Failed`` the consumer owns them; after either it never writes them."""
+class Span(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
+    """Cache blocks of one group that take the prompt's blocks from ``first`` on."""
 
-    key: Key
+    group: int
+    first: int
+    block_ids: tuple[int, ...]
+
+
+class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
+    """One producer rank of a load: its heads ``[first, last)`` become this rank's from ``put`` on."""
+
     endpoint: str
     epoch: int
+    first: int
+    last: int
+    put: int
+
+
+class Load(_Msg, frozen=True, tag="load"):
+    """Server to consumer: fetch these blocks of ``key`` into these cache blocks, from every source.
+
+    Until ``Loaded`` or ``Failed`` the consumer owns the cache blocks; after either it never writes them.
+    """
+
+    key: Key
+    sources: tuple[Source, ...]
     fingerprint: str
     tokens: int
     chain: bytes
-    first: int
-    block_ids: tuple[int, ...]
+    spans: tuple[Span, ...]
     deadline_s: float
 
 
@@ -145,13 +249,18 @@ class Unload(_Msg, frozen=True, tag="unload"):
 
 
 class Loaded(_Msg, frozen=True, tag="loaded"):
-    """``wait_s``: from Load to the first block; ``wire_s``: from the first block to the last."""
+    """``nbytes`` moved for ``blocks`` cache blocks over ``transport``. Seconds: ``wait_s`` from Load to the
+    first block, ``wire_s`` from there to the last, ``scatter_s`` of that spent writing the cache;
+    ``retries``: times the load was resumed."""
 
     key: Key
     nbytes: int
     blocks: int
     wait_s: float
     wire_s: float
+    scatter_s: float
+    transport: str
+    retries: int
 
 
 class Failed(_Msg, frozen=True, tag="failed"):
@@ -160,11 +269,12 @@ class Failed(_Msg, frozen=True, tag="failed"):
 
 
 class Ready(_Msg, frozen=True, tag="ready"):
-    """A rank's end is up. ``layout`` describes its cache; ``endpoint`` is the producer's, else empty."""
+    """A rank's end is up. ``layout`` names device and kernels, whose blocks look alike inside; ``shapes`` are
+    the cache's groups on this rank; ``endpoint`` is the producer's, else empty."""
 
     rank: int
     layout: str
-    block_bytes: int
+    shapes: tuple[Shape, ...]
     endpoint: str
 
 
@@ -173,7 +283,8 @@ class Stat(_Msg, frozen=True, tag="stat"):
 
 
 class Stats(_Msg, frozen=True, tag="stats"):
-    """``staging_bytes`` reserved, ``leases`` held (producer); ``loads`` in flight (consumer)."""
+    """Producer: ``staging_bytes`` reserved, ``leases`` held, ``pending`` ones and subscriptions without one.
+    Consumer: ``loads`` in flight."""
 
     staging_bytes: int = 0
     leases: int = 0
@@ -181,7 +292,7 @@ class Stats(_Msg, frozen=True, tag="stats"):
     loads: int = 0
 
 
-Data = Subscribe | Manifest | Blocks | Done | Drop | Alive | Refused
+Data = Hello | Welcome | Lane | Subscribe | Manifest | Blocks | Ack | Done | Drop | Alive | Refused
 Command = Open | Close | Load | Unload | Stat
 Event = Ready | Opened | Closed | Loaded | Failed | Stats
 

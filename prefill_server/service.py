@@ -144,9 +144,9 @@ class _Leases:
         command = kv.Open(
             key,
             len(prompt.tokens),
-            num_blocks(len(prompt.tokens), engine.block_size),
             prompt.chain(engine.block_size),
             engine.fingerprint,
+            (kv.Want(0, 0, num_blocks(len(prompt.tokens), engine.block_size)),),
             max(1, message.ticket.subscribers),
         )
         opened = engine.control.expect(("open", key))

@@ -155,12 +155,16 @@ def _transfer_config(settings: WorkerSettings, name: str, epoch: int, control: s
         "name": name,
         "epoch": epoch,
         "keys_dir": str(settings.keys_dir or ""),
+        "transports": list(settings.kv_transports),
+        "lanes": settings.kv_lanes,
     }
     if isinstance(settings, PrefillSettings):
         options |= {
             "kv_bind": settings.kv_bind,
             "staging_bytes": settings.staging_bytes,
             "lease_s": settings.lease_s,
+            "piece_bytes": settings.kv_piece_bytes,
+            "check": settings.kv_check,
         }
     return json.dumps(
         {
@@ -203,7 +207,7 @@ def _fingerprint(settings: WorkerSettings, config: Any, ready: list[Ready]) -> s
         kv_dtype=str(config.cache_config.cache_dtype),
         quantization=str(model.quantization),
         block_size=int(config.cache_config.block_size),
-        layouts=[r.layout for r in ready],
+        layouts=[f"{r.layout} {r.shapes}" for r in ready],
     )
 
 

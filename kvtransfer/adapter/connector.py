@@ -40,17 +40,18 @@ from kvtransfer import wire
 from kvtransfer.adapter import TESTED
 from kvtransfer.adapter.guards import die_with_parent, ease_waiting, guard_seeded_chunks
 from kvtransfer.adapter.imports import Imports
+from kvtransfer.arena import Arena
+from kvtransfer.cache import Cache, Group, HostCache
 from kvtransfer.consumer import Consumer
 from kvtransfer.control import ControlClient
+from kvtransfer.digest import Check, Digests
+from kvtransfer.fence import Fence
 from kvtransfer.loop import Loop
-from kvtransfer.paged import PagedCache
-from kvtransfer.plan import finished_blocks, pieces
+from kvtransfer.plan import finished_blocks
 from kvtransfer.producer import Producer
+from kvtransfer.transport.select import consumer_transports, producer_transports
 
 log = logging.getLogger("braid.kvtransfer")
-
-PIECE_BYTES = 1024 * 1024
-"""Largest payload frame (one block at least): the size at which ZMQ over TCP is near its ceiling."""
 
 PARAM = "braid"
 """Key in a request's ``kv_transfer_params``: a :class:`wire.Key` on P, an import's name on D."""
@@ -65,9 +66,13 @@ class Options(msgspec.Struct, forbid_unknown_fields=True):
     control: str
     name: str
     epoch: int
+    transports: tuple[str, ...]
+    lanes: int = 1
     keys_dir: str = ""
     kv_bind: str = ""
     staging_bytes: int = 0
+    piece_bytes: int = 0
+    check: Check = "off"
     lease_s: float = 30.0
 
 
@@ -164,13 +169,14 @@ class BraidConnector(KVConnectorBase_V1, SupportsHMA):
     # --- worker role ---
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        self._worker = _WorkerSide(self.options, PagedCache(kv_caches))
+        layers = list(kv_caches.values())
+        self._worker = _WorkerSide(self.options, HostCache([_group(layers)]), layers[0].device.type)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         meta = self._connector_metadata
         if self._worker is not None and isinstance(meta, StepMeta):
             for source, target in meta.copies:
-                self._worker.cache.copy(source, target)
+                self._worker.cache.copy(0, source, target)
 
     @_contained(lambda: None)
     def wait_for_save(self) -> None:
@@ -266,7 +272,7 @@ class _SchedulerSide:
 class _WorkerSide:
     """State in a Worker: the transfer thread with its producer or consumer end."""
 
-    def __init__(self, options: Options, cache: PagedCache) -> None:
+    def __init__(self, options: Options, cache: Cache, device: str) -> None:
         self.cache = cache
         rank = get_tensor_model_parallel_rank()
         self._loop = Loop(f"braid-kv-{rank}")
@@ -281,10 +287,13 @@ class _WorkerSide:
                 self._context,
                 bind=options.kv_bind,
                 epoch=options.epoch,
-                block_bytes=cache.block_bytes,
-                capacity=options.staging_bytes,
+                shapes=cache.shapes,
+                arena=Arena(options.staging_bytes),
                 lease_s=options.lease_s,
                 emit=self._control.emit,
+                transports=producer_transports(options.transports),
+                piece_bytes=options.piece_bytes,
+                digests=Digests(options.check),
                 keys_dir=keys_dir,
             )
         else:
@@ -294,27 +303,34 @@ class _WorkerSide:
                 cache,
                 name=options.name,
                 emit=self._control.emit,
+                transports=consumer_transports(options.transports, options.lanes),
                 keys_dir=keys_dir,
             )
         self._control.emit(
             wire.Ready(
                 rank,
-                _layout(cache),
-                cache.block_bytes,
+                _layout(device),
+                cache.shapes,
                 self._producer.endpoint if self._producer is not None else "",
             )
         )
         self._loop.start()
 
     def save(self, key: wire.Key, first: int, block_ids: list[int]) -> None:
-        """Copy finished blocks out, in pieces, and hand them to the producer."""
+        """Copy finished blocks into staging; the producer sends them on."""
         assert self._producer is not None
-        for run in pieces(0, len(block_ids), self.cache.block_bytes, PIECE_BYTES):
-            piece = self.cache.gather(block_ids[run.start : run.stop])
-            self._producer.publish(key, first + run.start, piece)
+
+        def gather(run: range, out: torch.Tensor) -> Fence | None:
+            return self.cache.gather(0, block_ids[run.start : run.stop], out)
+
+        self._producer.stage(key, 0, first, len(block_ids), gather)
 
     def close(self) -> None:
         self._loop.stop()
+        if self._producer is not None:
+            self._producer.close()
+        if self._consumer is not None:
+            self._consumer.close()
         stop_authenticator(self._context)
         self._context.destroy(linger=0)
 
@@ -324,7 +340,7 @@ class _WorkerSide:
             case wire.Open() if producer is not None:
                 producer.open(command)
             case wire.Close(key, reason) if producer is not None:
-                producer.close(key, reason)
+                producer.end(key, reason)
             case wire.Load() if consumer is not None:
                 consumer.load(command)
             case wire.Unload(key, reason) if consumer is not None:
@@ -337,14 +353,17 @@ class _WorkerSide:
                 log.error("kv_unexpected_command", extra={"kind": type(command).__name__})
 
 
-def _layout(cache: PagedCache) -> str:
-    """What makes two ranks' blocks interchangeable besides the model: shape, device kind, kernel ISA."""
-    device = cache.layers[0].device.type
-    isa = "cuda"
-    if device == "cpu":
-        amx = torch.cpu._is_amx_tile_supported()
-        isa = f"{torch.backends.cpu.get_cpu_capability()}{'+AMX' if amx else ''}"
-    return f"{device}/{isa}/{len(cache.layers)}x{cache.layer_bytes}"
+def _group(layers: list[torch.Tensor]) -> Group:
+    """Layers of one group; heads are told apart where they are the second dimension, ``[B, H, N, C]``."""
+    return Group(layers, layers[0].shape[1] if layers[0].dim() == 4 else 1)
+
+
+def _layout(device: str) -> str:
+    """What makes two ranks' blocks look alike inside besides the model: device kind and kernel ISA."""
+    if device != "cpu":
+        return device
+    amx = torch.cpu._is_amx_tile_supported()
+    return f"cpu/{torch.backends.cpu.get_cpu_capability()}{'+AMX' if amx else ''}"
 
 
 def _param(params: Any) -> Any:

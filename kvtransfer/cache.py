@@ -1,0 +1,132 @@
+"""Gather and scatter of blocks in a paged KV cache, all layers of a group at once.
+
+A cache has groups (layers that share block tables: all of them, or full and sliding-window layers apart).
+A group is a list of layer tensors whose outermost dimension is the block and whose next is the head; what a
+head keeps for a block (kernels pack it as they like) is a row of opaque bytes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from kvtransfer.fence import Fence
+from kvtransfer.wire import Shape
+
+# A received frame and a peer's arena are read-only memory, and are only ever read from.
+warnings.filterwarnings("ignore", message="The given buffer is not writable")
+
+
+class Cache(Protocol):
+    """The blocks of one engine rank.
+
+    Any thread may call, as long as the caller owns the blocks it names. A returned fence has passed when the
+    copy is complete; None says it is complete already. Rows are ``[layers, count, heads, row_bytes]``, uint8.
+
+    Attributes:
+        shapes: one a group.
+        blocks: number of blocks of the pool that all groups share.
+    """
+
+    shapes: tuple[Shape, ...]
+    blocks: int
+
+    def gather(self, group: int, block_ids: Sequence[int], out: torch.Tensor) -> Fence | None:
+        """Copy blocks into host memory ``out``, all heads."""
+
+    def scatter(self, group: int, block_ids: Sequence[int], rows: torch.Tensor, put: int = 0) -> Fence | None:
+        """Copy host ``rows`` into the blocks' heads from ``put`` on. ``rows`` may be strided and read-only.
+
+        Raises:
+            ValueError: the rows do not have the group's shape.
+        """
+
+    def copy(self, group: int, source: int, target: int) -> None:
+        """Copy one block onto another, in the order of the model's own work."""
+
+
+@dataclass(slots=True)
+class Group:
+    """Layers that share block tables, each ``[blocks, heads, ...]`` on one device; ``heads`` 1 if what is
+    inside a block can't be told apart by head."""
+
+    layers: Sequence[torch.Tensor]
+    heads: int = 1
+
+
+class HostCache:
+    """A :class:`Cache` in host memory. Owns nothing: it views the engine's tensors."""
+
+    def __init__(self, groups: Sequence[Group]) -> None:
+        self._groups = [[as_rows(layer, group.heads).numpy() for layer in group.layers] for group in groups]
+        self._whole = [_one_array(layers) for layers in self._groups]
+        self.shapes = tuple(shape_of(layers) for layers in self._groups)
+        self.blocks = self._groups[0][0].shape[0]
+
+    def gather(self, group: int, block_ids: Sequence[int], out: torch.Tensor) -> None:
+        target, ids = out.numpy(), np.asarray(block_ids, dtype=np.intp)
+        whole = self._whole[group]
+        if whole is not None:
+            np.take(whole, ids, axis=1, out=target, mode="clip")
+            return
+        for layer, rows in zip(self._groups[group], target, strict=True):
+            np.take(layer, ids, axis=0, out=rows, mode="clip")
+
+    def scatter(self, group: int, block_ids: Sequence[int], rows: torch.Tensor, put: int = 0) -> None:
+        check_rows(self.shapes[group], len(block_ids), rows, put)
+        source, ids = rows.numpy(), np.asarray(block_ids, dtype=np.intp)
+        heads = slice(put, put + source.shape[2])
+        whole = self._whole[group]
+        if whole is not None:
+            whole[:, ids, heads] = source
+            return
+        for layer, layer_rows in zip(self._groups[group], source, strict=True):
+            layer[ids, heads] = layer_rows
+
+    def copy(self, group: int, source: int, target: int) -> None:
+        for layer in self._groups[group]:
+            layer[target] = layer[source]
+
+
+def as_rows(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+    """View ``[blocks, heads, ...]`` as ``[blocks, heads, row_bytes]``, uint8.
+
+    Raises:
+        ValueError: a block is not contiguous, or not divisible by heads.
+    """
+    inner = tensor[0].numel() * tensor.element_size()
+    if tensor.stride(0) * tensor.element_size() != inner or not tensor.is_contiguous() or inner % heads:
+        raise ValueError(
+            f"blocks of shape {tuple(tensor.shape)} with strides {tensor.stride()} do not lie one after the "
+            f"other with {heads} heads each; this KV cache layout is not supported"
+        )
+    return tensor.view(tensor.shape[0], -1).view(torch.uint8).view(tensor.shape[0], heads, inner // heads)
+
+
+def shape_of(layers: Sequence[Any]) -> Shape:
+    """The shape that all layers ``[blocks, heads, row_bytes]`` of a group have. Raises ValueError if not."""
+    if len({layer.shape for layer in layers}) != 1:
+        raise ValueError(f"layers of one group have different shapes: {sorted({x.shape for x in layers})}")
+    return Shape(len(layers), int(layers[0].shape[1]), int(layers[0].shape[2]))
+
+
+def check_rows(shape: Shape, count: int, rows: torch.Tensor, put: int) -> None:
+    """Raise ValueError unless ``rows`` are ``count`` blocks of ``shape`` whose heads fit from ``put`` on."""
+    layers, blocks, heads, row_bytes = rows.shape
+    fits = 0 <= put <= shape.heads - heads
+    if (layers, blocks, row_bytes) != (shape.layers, count, shape.row_bytes) or not fits:
+        raise ValueError(f"rows of shape {tuple(rows.shape)} at head {put} for {count} blocks of {shape}")
+
+
+def _one_array(layers: list[Any]) -> Any:
+    """All layers as one array ``[layers, ...]`` if they lie one after the other in memory, else None."""
+    first = layers[0]
+    starts = [layer.__array_interface__["data"][0] for layer in layers]
+    if any(start != starts[0] + i * first.nbytes for i, start in enumerate(starts)):
+        return None
+    return np.lib.stride_tricks.as_strided(first, (len(layers), *first.shape), (first.nbytes, *first.strides))

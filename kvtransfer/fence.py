@@ -1,0 +1,50 @@
+"""Waiting for a device's copies without stopping the thread that started them."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from typing import Protocol
+
+from kvtransfer.loop import Loop
+
+
+class Fence(Protocol):
+    """Copies in flight on a device; a copy on the CPU has none (it is complete when it returns)."""
+
+    def wait(self) -> None:
+        """Block the calling thread until they are complete. Raises what made them fail."""
+
+
+class Waiter:
+    """A thread that waits for fences, one after the other, and then calls back on a loop.
+
+    It starts with the first fence: where nothing is asynchronous there is no thread.
+    """
+
+    def __init__(self, loop: Loop, name: str) -> None:
+        self._loop = loop
+        self._name = name
+        self._queue: queue.SimpleQueue[tuple[Fence, Callable[[], None]] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def after(self, fence: Fence, call: Callable[[], None]) -> None:
+        """Run ``call`` on the loop once the fence has passed; calls keep their order. From any thread."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+            self._thread.start()
+        self._queue.put((fence, call))
+
+    def stop(self) -> None:
+        """Wait for the fences so far, then end. Idempotent."""
+        if self._thread is not None:
+            self._queue.put(None)
+            self._thread.join()
+            self._thread = None
+
+    def _run(self) -> None:
+        while (item := self._queue.get()) is not None:
+            fence, call = item
+            fence.wait()
+            self._loop.call_soon(call)

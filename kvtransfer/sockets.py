@@ -1,0 +1,16 @@
+"""Options that all KV sockets share."""
+
+from __future__ import annotations
+
+import zmq
+
+HEARTBEAT_S = 2.0
+"""Interval of ZMQ's own pings."""
+SILENT_S = 8.0
+"""A connection without an answer for this long is closed: a blackholed peer is a lost one."""
+
+
+def set_heartbeat(socket: zmq.Socket[bytes]) -> None:
+    """Notice a peer that is stopped or cut off though its connection looks open."""
+    socket.setsockopt(zmq.HEARTBEAT_IVL, int(HEARTBEAT_S * 1000))
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(SILENT_S * 1000))

@@ -1,0 +1,148 @@
+"""How the bytes of blocks travel between the two ends of a session.
+
+A session is one consumer rank connected to one producer rank. Messages always travel on its control lane
+(ZMQ); a transport moves payloads. The consumer offers the transports it has, in order of preference, the
+producer takes the first that works for both, and the consumer opens its half (if it can't, it says Hello
+again without that offer).
+
+To add one: implement :class:`ProducerTransport` with its :class:`Sender` and :class:`ConsumerTransport` with
+its :class:`Receiver`, and name it in :mod:`kvtransfer.transport.select`. All methods run on the end's loop;
+none may block it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import zmq
+
+from kvtransfer import wire
+
+
+class Unavailable(Exception):
+    """This transport can't be used with this peer; the message says why."""
+
+
+@dataclass(slots=True)
+class Piece:
+    """Blocks that lie in staging.
+
+    Attributes:
+        at: offset in the arena.
+        rows: tensor ``[layers, count, heads, row_bytes]``, uint8, contiguous; never written again while
+            a subscription that may need it lives.
+        digest: of ``rows``, 0 if not computed.
+    """
+
+    group: int
+    first: int
+    count: int
+    at: int
+    rows: Any
+    digest: int = 0
+
+    @property
+    def last(self) -> int:
+        return self.first + self.count
+
+
+@dataclass(slots=True)
+class Parcel:
+    """What one subscription gets of a piece: its blocks from ``skip`` on, heads ``[heads[0], heads[1])``."""
+
+    sub: int
+    piece: Piece
+    skip: int
+    heads: tuple[int, int]
+
+    @property
+    def rows(self) -> Any:
+        """A view ``[layers, count - skip, heads, row_bytes]``, contiguous only if nothing is left out."""
+        return self.piece.rows[:, self.skip :, self.heads[0] : self.heads[1]]
+
+    @property
+    def nbytes(self) -> int:
+        layers, count, _, row_bytes = self.piece.rows.shape
+        return int(layers * (count - self.skip) * (self.heads[1] - self.heads[0]) * row_bytes)
+
+    def header(self, **where: int) -> wire.Blocks:
+        """The message that announces it; ``where``: fields for one-sided transports."""
+        piece = self.piece
+        count = piece.count - self.skip
+        return wire.Blocks(self.sub, piece.group, piece.first + self.skip, count, self.nbytes, **where)
+
+
+class Sender(Protocol):
+    """The producer's half of a session.
+
+    Attributes:
+        outlives: the consumer may still read staging after the connection is lost, so the memory of its
+            subscriptions is used again only when they have ended or their deadline has passed.
+    """
+
+    outlives: bool
+
+    def send(self, parcel: Parcel, digest: int) -> None:
+        """Announce a parcel on the control lane and let its bytes go.
+
+        The piece stays as it is until the subscription ends. Raises ``zmq.ZMQError`` (EHOSTUNREACH) if
+        the consumer is gone.
+        """
+
+    def close(self) -> None:
+        """The session has ended. Idempotent."""
+
+
+class Receiver(Protocol):
+    """The consumer's half of a session."""
+
+    def receive(
+        self, message: wire.Blocks, shape: wire.Shape, heads: tuple[int, int], frames: Sequence[zmq.Frame]
+    ) -> None:
+        """Get the payload of ``message``, blocks of ``shape`` on the producer's rank, of which the
+        subscription asked for ``heads``.
+
+        ``deliver(message, rows)`` follows once, now or later, with rows ``[layers, count, heads, row_bytes]``
+        that are valid until it returns (longer, if it keeps a reference); or ``broken(reason)`` once, after
+        which the session delivers nothing. Raises :class:`kvtransfer.wire.KvWireError` for a message that
+        does not fit its payload.
+        """
+
+    def skip(self, message: wire.Blocks) -> None:
+        """Take the payload of ``message`` off the transport; nobody wants it any more."""
+
+    def close(self) -> None:
+        """The session has ended; nothing is delivered afterwards. Idempotent."""
+
+
+Deliver = Callable[[wire.Blocks, Any], None]
+Broken = Callable[[str], None]
+
+
+class ProducerTransport(Protocol):
+    """A transport as one producer has it."""
+
+    name: str
+
+    def accept(self, hello: wire.Hello, offer: bytes, address: bytes) -> tuple[Sender, bytes]:
+        """Set up the half for a consumer; the bytes are for its ``open``. Raises :class:`Unavailable`."""
+
+    def close(self) -> None:
+        """The producer ends."""
+
+
+class ConsumerTransport(Protocol):
+    """A transport as one consumer has it."""
+
+    name: str
+
+    def offer(self) -> bytes:
+        """What the producer needs to know. Raises :class:`Unavailable` if this machine lacks it."""
+
+    def open(self, welcome: wire.Welcome, endpoint: str, deliver: Deliver, broken: Broken) -> Receiver:
+        """Set up the half for a producer. Raises :class:`Unavailable`."""
+
+    def close(self) -> None:
+        """The consumer ends."""

@@ -1,0 +1,114 @@
+"""Payloads through the producer's staging memory itself, for two ends on one host.
+
+The consumer maps the producer's arena read-only and copies blocks from there into its cache: one copy on
+each side, nothing on a socket but the announcement. Whether both are on one host is tried, not guessed: the
+producer puts a random number into its arena, and only who finds it there has the right one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import torch
+import zmq
+
+from kvtransfer import wire
+from kvtransfer.arena import Arena, ArenaRef, open_arena
+from kvtransfer.transport import Broken, Deliver, Parcel, Unavailable
+
+Socket = zmq.Socket[bytes]
+
+
+class ShmSender:
+    """See :class:`kvtransfer.transport.Sender`."""
+
+    outlives = False  # on one host a lost connection is the process's end
+
+    def __init__(self, socket: Socket, address: bytes) -> None:
+        self._socket = socket
+        self._address = address
+
+    def send(self, parcel: Parcel, digest: int) -> None:
+        piece = parcel.piece
+        message = parcel.header(at=piece.at, skip=parcel.skip, heads=piece.rows.shape[2], digest=digest)
+        self._socket.send_multipart([self._address, wire.encode(message)])
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class ShmProducer:
+    """See :class:`kvtransfer.transport.ProducerTransport`."""
+
+    name = "shm"
+
+    def __init__(self, socket: Socket, arena: Arena) -> None:
+        self._socket = socket
+        self._arena = arena
+
+    def accept(self, hello: wire.Hello, offer: bytes, address: bytes) -> tuple[ShmSender, bytes]:
+        return ShmSender(self._socket, address), msgspec.msgpack.encode(self._arena.ref)
+
+    def close(self) -> None:
+        """The arena is the producer's."""
+
+
+class ShmReceiver:
+    """See :class:`kvtransfer.transport.Receiver`."""
+
+    def __init__(self, memory: memoryview, deliver: Deliver) -> None:
+        self._memory: torch.Tensor | None = torch.frombuffer(memory, dtype=torch.uint8)
+        self._deliver = deliver
+
+    def receive(
+        self, message: wire.Blocks, shape: wire.Shape, heads: tuple[int, int], frames: Sequence[zmq.Frame]
+    ) -> None:
+        if self._memory is not None:
+            self._deliver(message, rows_at(self._memory, message, shape, heads))
+
+    def skip(self, message: wire.Blocks) -> None:
+        """Nothing is left anywhere."""
+
+    def close(self) -> None:
+        self._memory = None
+
+
+class ShmConsumer:
+    """See :class:`kvtransfer.transport.ConsumerTransport`. An endpoint's arena is mapped once."""
+
+    name = "shm"
+
+    def __init__(self) -> None:
+        self._maps: dict[str, tuple[ArenaRef, memoryview]] = {}
+
+    def offer(self) -> bytes:
+        return b""
+
+    def open(self, welcome: wire.Welcome, endpoint: str, deliver: Deliver, broken: Broken) -> ShmReceiver:
+        try:
+            ref = msgspec.msgpack.decode(welcome.data, type=ArenaRef)
+            if endpoint not in self._maps or self._maps[endpoint][0] != ref:
+                self._maps[endpoint] = ref, open_arena(ref)
+        except (msgspec.DecodeError, OSError, ValueError, OverflowError) as error:
+            raise Unavailable(f"shm: {error}") from None
+        return ShmReceiver(self._maps[endpoint][1], deliver)
+
+    def close(self) -> None:
+        self._maps.clear()
+
+
+def rows_at(memory: torch.Tensor, message: wire.Blocks, shape: wire.Shape, heads: tuple[int, int]) -> Any:
+    """The rows a message names in a producer's staging, as a strided view.
+
+    Raises:
+        KvWireError: they are not inside the memory.
+    """
+    count = message.skip + message.count
+    nbytes = shape.layers * count * shape.heads * shape.row_bytes
+    inside = 0 <= message.at <= len(memory) - nbytes and message.skip >= 0 and message.count >= 1
+    if not inside or message.heads != shape.heads:
+        raise wire.KvWireError(f"{nbytes} bytes at {message.at} are not in the arena of {len(memory)}")
+    rows = memory[message.at : message.at + nbytes].view(shape.layers, count, shape.heads, shape.row_bytes)
+    return rows[:, message.skip :, heads[0] : heads[1]]

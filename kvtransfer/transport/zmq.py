@@ -1,0 +1,147 @@
+"""Payloads over ZMQ itself: inline frames of the control lane, or of several lanes to fill a fast link.
+
+A lane is a further DEALER connection of the same session to the producer's ROUTER; the first message on it is
+``Lane``. Parcels go to the lanes in turn, and each lane keeps its order, so with several lanes parcels of a
+subscription may overtake one another. Frames are sent without a copy: they are read-only views of staging.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+import torch
+import zmq
+
+from kvtransfer import wire
+from kvtransfer.transport import Broken, Deliver, Parcel, Unavailable
+
+Socket = zmq.Socket[bytes]
+
+
+class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Offer and answer: how many connections carry payloads."""
+
+    lanes: int
+
+
+class ZmqSender:
+    """See :class:`kvtransfer.transport.Sender`."""
+
+    outlives = False
+
+    def __init__(self, socket: Socket, address: bytes) -> None:
+        self._socket = socket
+        self._addresses = [address]
+        self._turn = itertools.count()
+
+    def add_lane(self, address: bytes) -> None:
+        """A further connection of this session."""
+        self._addresses.append(address)
+
+    def send(self, parcel: Parcel, digest: int) -> None:
+        header = wire.encode(parcel.header(digest=digest))
+        payload = memoryview(parcel.rows.contiguous().numpy()).cast("B")
+        address = self._addresses[next(self._turn) % len(self._addresses)]
+        self._socket.send_multipart([address, header, payload], copy=False)
+
+    def close(self) -> None:
+        """Nothing is held; what ZMQ has queued goes with the connection."""
+
+
+class ZmqProducer:
+    """See :class:`kvtransfer.transport.ProducerTransport`."""
+
+    name = "zmq"
+
+    def __init__(self, socket: Socket, max_lanes: int = 8) -> None:
+        self._socket = socket
+        self._max_lanes = max_lanes
+
+    def accept(self, hello: wire.Hello, offer: bytes, address: bytes) -> tuple[ZmqSender, bytes]:
+        lanes = max(1, min(_terms(offer).lanes, self._max_lanes))
+        return ZmqSender(self._socket, address), msgspec.msgpack.encode(Terms(lanes))
+
+    def close(self) -> None:
+        """The socket is the producer's."""
+
+
+class ZmqReceiver:
+    """See :class:`kvtransfer.transport.Receiver`."""
+
+    def __init__(self, deliver: Deliver, close: Callable[[], None]) -> None:
+        self._deliver = deliver
+        self._close = close
+
+    def receive(
+        self, message: wire.Blocks, shape: wire.Shape, heads: tuple[int, int], frames: Sequence[zmq.Frame]
+    ) -> None:
+        if len(frames) != 1:
+            raise wire.KvWireError(f"{len(frames)} payload frames, expected 1")
+        self._deliver(message, rows_of(frames[0].buffer, message, shape, heads[1] - heads[0]))
+
+    def skip(self, message: wire.Blocks) -> None:
+        """Nothing is left anywhere."""
+
+    def close(self) -> None:
+        self._close()
+
+
+class ZmqConsumer:
+    """See :class:`kvtransfer.transport.ConsumerTransport`.
+
+    Args:
+        lanes: connections that carry payloads; 1 uses the control lane itself.
+        connect: opens and registers a further connection to an endpoint; returns it and what closes it.
+    """
+
+    name = "zmq"
+
+    def __init__(
+        self, consumer: bytes, lanes: int, connect: Callable[[str], tuple[Socket, Callable[[], None]]]
+    ) -> None:
+        self._consumer = consumer
+        self._lanes = lanes
+        self._connect = connect
+
+    def offer(self) -> bytes:
+        return msgspec.msgpack.encode(Terms(self._lanes))
+
+    def open(self, welcome: wire.Welcome, endpoint: str, deliver: Deliver, broken: Broken) -> ZmqReceiver:
+        lanes = _terms(welcome.data).lanes
+        closers = []
+        for _ in range(1, lanes if lanes > 1 else 1):
+            socket, close = self._connect(endpoint)
+            socket.send(wire.encode(wire.Lane(self._consumer, welcome.session)), zmq.NOBLOCK)
+            closers.append(close)
+
+        def close_all() -> None:
+            while closers:
+                closers.pop()()
+
+        return ZmqReceiver(deliver, close_all)
+
+    def close(self) -> None:
+        """The sockets are the consumer's."""
+
+
+def rows_of(payload: memoryview, message: wire.Blocks, shape: wire.Shape, heads: int) -> Any:
+    """A payload as ``[layers, count, heads, row_bytes]``.
+
+    Raises:
+        KvWireError: the length is not that of the message's blocks.
+    """
+    expected = shape.layers * message.count * heads * shape.row_bytes
+    if message.count < 1 or payload.nbytes != expected or message.nbytes != expected:
+        raise wire.KvWireError(f"payload of {payload.nbytes} bytes, expected {expected}")
+    rows = torch.frombuffer(payload, dtype=torch.uint8)
+    return rows.view(shape.layers, message.count, heads, shape.row_bytes)
+
+
+def _terms(data: bytes) -> Terms:
+    try:
+        return msgspec.msgpack.decode(data, type=Terms)
+    except msgspec.DecodeError as error:
+        raise Unavailable(f"zmq terms: {error}") from None
