@@ -78,7 +78,10 @@ class KvRecord(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_def
 
     ``transfers``: KV transfers made. ``nbytes``: KV bytes that crossed the wire. ``blocks``: blocks
     moved; ``blocks_cached``: full prompt blocks that D's prefix cache already held. ``reason``: why
-    ``recomputed`` or ``local`` (a short word, a metric label). Times in seconds.
+    ``recomputed`` or ``local`` (a short word, a metric label). Seconds: ``queue_s`` until blocks of D's
+    cache were had and asked for, ``wait_s`` from there to the first block, ``wire_s`` from the first to
+    the last, ``scatter_s`` of that spent writing D's cache. ``transport``: how the bytes travelled;
+    ``retries``: times a broken connection was resumed.
     """
 
     path: Path
@@ -87,8 +90,12 @@ class KvRecord(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_def
     blocks: int = 0
     blocks_cached: int = 0
     reason: str = ""
+    queue_s: float = 0.0
     wait_s: float = 0.0
     wire_s: float = 0.0
+    scatter_s: float = 0.0
+    transport: str = ""
+    retries: int = 0
 
 
 class Hello(_Msg, frozen=True, tag="hello"):

@@ -15,6 +15,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from braid import wire
+from braid.proof import merge
 from braid.worker.prompt import shareable
 from decode_server.prefix import Held, Prefixes, Source
 from decode_server.seeds import sample_seed
@@ -51,21 +52,8 @@ class Job:
 
     def record(self) -> wire.KvRecord:
         """The transfers of all prompts, summed; the path is the worst of them."""
-        records = [held.record for held in self.held]
-        worst = max(records, key=lambda r: _BADNESS[r.path], default=wire.KvRecord("local"))
-        return wire.KvRecord(
-            worst.path,
-            transfers=sum(r.transfers for r in records),
-            nbytes=sum(r.nbytes for r in records),
-            blocks=sum(r.blocks for r in records),
-            blocks_cached=sum(r.blocks_cached for r in records),
-            reason=worst.reason,
-            wait_s=max((r.wait_s for r in records), default=0.0),
-            wire_s=max((r.wire_s for r in records), default=0.0),
-        )
+        return merge(held.record for held in self.held)
 
-
-_BADNESS = {"remote": 0, "local": 1, "recomputed": 2}
 
 JOB: contextvars.ContextVar[Job | None] = contextvars.ContextVar("job", default=None)
 """The job that the running task serves; set around the call of vLLM's OpenAI application."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import time
 from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any
@@ -93,10 +94,11 @@ class Prefixes:
             return Held(None, wire.KvRecord("local", reason="too_large"))
         name = f"i{next(self._names)}"
         held = Held(name, wire.KvRecord("recomputed"), blocks)
+        since = time.monotonic()
         await self._take(blocks)
         try:
             async with asyncio.timeout(self._timeout_s):
-                held.record = await self._import(name, prompt, part, source)
+                held.record = await self._import(name, prompt, part, source, since)
         except TimeoutError:
             held.record = wire.KvRecord("recomputed", reason="timeout")
         except BaseException:
@@ -130,12 +132,14 @@ class Prefixes:
             self._held -= blocks
             self._room.notify_all()
 
-    async def _import(self, name: str, prompt: Prompt, part: int, source: Source) -> wire.KvRecord:
+    async def _import(
+        self, name: str, prompt: Prompt, part: int, source: Source, since: float
+    ) -> wire.KvRecord:
         engine = self._engine
         while (begun := await engine.call("braid_begin", name, prompt.tokens, prompt.salt, [])) is None:
             await asyncio.sleep(_RETRY_S)
         cached, block_ids = int(begun["cached"]), tuple(begun["blocks"])
-        transfers = 0
+        transfers, queue_s = 0, time.monotonic() - since
         while (ticket := source.ticket) is not None:
             transfers += 1
             ended = await self._load(ticket, prompt, part, cached, block_ids, source)
@@ -143,7 +147,7 @@ class Prefixes:
                 commit = asyncio.ensure_future(engine.call("braid_commit", name))
                 await asyncio.sleep(0)  # sent now, so it precedes the samples in the engine's queue
                 commit.add_done_callback(_log_failure)
-                return _record(ended, cached, transfers)
+                return _record(ended, cached, transfers, queue_s)
             if source.ticket is ticket:
                 source.change(None, ended)
         return wire.KvRecord("recomputed", reason=source.reason, blocks_cached=cached)
@@ -194,7 +198,7 @@ class Prefixes:
         await loaded
 
 
-def _record(loaded: list[kv.Loaded], cached: int, transfers: int) -> wire.KvRecord:
+def _record(loaded: list[kv.Loaded], cached: int, transfers: int, queue_s: float) -> wire.KvRecord:
     return wire.KvRecord(
         "remote",
         transfers=transfers,
@@ -203,6 +207,10 @@ def _record(loaded: list[kv.Loaded], cached: int, transfers: int) -> wire.KvReco
         blocks_cached=cached,
         wait_s=max(event.wait_s for event in loaded),
         wire_s=max(event.wire_s for event in loaded),
+        scatter_s=max(event.scatter_s for event in loaded),
+        transport=",".join(sorted({event.transport for event in loaded if event.transport})),
+        retries=sum(event.retries for event in loaded),
+        queue_s=queue_s,
     )
 
 

@@ -31,6 +31,19 @@ class Metrics:
         self.kv_transfers = Counter(
             "braid_kv_transfers", "KV transfers made for answered requests", registry=r
         )
+        self.kv_retries = Counter(
+            "braid_kv_retries", "KV transfers resumed after a broken connection", registry=r
+        )
+        self.kv_wait = Histogram(
+            "braid_kv_wait_seconds",
+            "KV asked for to its first block (the prefill's time is in it)",
+            ["transport"],
+            buckets=_SECONDS,
+            registry=r,
+        )
+        self.kv_wire = Histogram(
+            "braid_kv_wire_seconds", "First KV block to the last", ["transport"], buckets=_SECONDS, registry=r
+        )
         self.ttft = Histogram(
             "braid_ttft_seconds", "Request received to first body bytes", buckets=_SECONDS, registry=r
         )

@@ -6,27 +6,11 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from braid.proof import merge
 from braid.wire import KvRecord
 from router.metrics import Metrics
 
-_WORST_FIRST = ("recomputed", "local", "remote")
 _LABEL = re.compile(r"[a-z0-9_]{0,32}")
-
-
-def merge(records: Iterable[KvRecord]) -> KvRecord:
-    """One record for several of the same worker: the worst path, the sum of what moved."""
-    records = list(records)
-    worst = min(records, key=lambda r: _WORST_FIRST.index(r.path))
-    return KvRecord(
-        path=worst.path,
-        transfers=sum(r.transfers for r in records),
-        nbytes=sum(r.nbytes for r in records),
-        blocks=sum(r.blocks for r in records),
-        blocks_cached=sum(r.blocks_cached for r in records),
-        reason=worst.reason,
-        wait_s=max(r.wait_s for r in records),
-        wire_s=sum(r.wire_s for r in records),
-    )
 
 
 def by_worker(pairs: Iterable[tuple[str, KvRecord | None]]) -> dict[str, KvRecord | None]:
@@ -50,6 +34,8 @@ def headers(request_id: str, prefill: str, kv: dict[str, KvRecord | None]) -> li
             ("x-braid-kv-bytes", str(total.nbytes)),
             ("x-braid-kv-transfers", str(total.transfers)),
         ]
+        if total.transport:
+            lines.append(("x-braid-kv-transport", total.transport))
     return lines
 
 
@@ -74,6 +60,10 @@ def count(metrics: Metrics, kv: dict[str, KvRecord | None]) -> None:
             metrics.path.labels(record.path, reason).inc()
             metrics.kv_bytes.inc(record.nbytes)
             metrics.kv_transfers.inc(record.transfers)
+            metrics.kv_retries.inc(record.retries)
+            if record.path == "remote":
+                metrics.kv_wait.labels(record.transport).observe(record.wait_s)
+                metrics.kv_wire.labels(record.transport).observe(record.wire_s)
 
 
 def _one(record: KvRecord | None) -> dict[str, Any] | None:
@@ -86,6 +76,10 @@ def _one(record: KvRecord | None) -> dict[str, Any] | None:
         "blocks": record.blocks,
         "blocks_cached": record.blocks_cached,
         "reason": record.reason,
+        "transport": record.transport,
+        "retries": record.retries,
+        "queue_s": round(record.queue_s, 6),
         "wait_s": round(record.wait_s, 6),
         "wire_s": round(record.wire_s, 6),
+        "scatter_s": round(record.scatter_s, 6),
     }
