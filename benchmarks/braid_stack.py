@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import httpx
+
 from benchmarks.plain import ready_or_stopped
 from benchmarks.process import GuardedProcess, Launch, free_ports
 from benchmarks.stack import EngineSettings, Stack
@@ -29,9 +31,10 @@ def launch_braid(settings: EngineSettings, python: str, run_dir: Path, extra: Se
     ]
     launch = Launch("braid", argv, braid_env(settings))
     url = f"http://127.0.0.1:{port}"
-    return ready_or_stopped(
-        Stack("braid", url, "/ready", [GuardedProcess(launch, run_dir)], {"router": f"{url}/metrics"})
-    )
+    stack = ready_or_stopped(Stack("braid", url, "/ready", [GuardedProcess(launch, run_dir)]))
+    workers = httpx.get(f"{url}/cluster", trust_env=False, timeout=10.0).raise_for_status().json()["workers"]
+    stack.metrics = {"router": f"{url}/metrics"} | {w["role"]: f"{w['http']}/metrics" for w in workers}
+    return stack
 
 
 def braid_env(settings: EngineSettings) -> dict[str, str]:

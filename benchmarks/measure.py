@@ -21,10 +21,14 @@ from benchmarks.stack import Launcher, Stack
 Idle = Literal["freeze", "run", "restart"]
 FAILURES = (httpx.HTTPError, ValueError, msgspec.MsgspecError)
 WARM_TOKENS = 100
+KV_COUNTERS = ("braid_kv_sent_bytes", "braid_kv_early_bytes")
 
 
 class HandoverRecord(msgspec.Struct):
-    """One streamed request; times in seconds, `position` is its turn's place among the stacks' turns."""
+    """One streamed request; times in seconds, `position` is its turn's place among the stacks' turns.
+
+    `counters` is what those of Braid's KV transfer grew by meanwhile.
+    """
 
     stack: str
     round: int
@@ -36,6 +40,7 @@ class HandoverRecord(msgspec.Struct):
     chunks: int = 0
     text: str = ""
     headers: dict[str, str] = {}
+    counters: dict[str, float] = {}
     error: str = ""
     turn: Load | None = None
 
@@ -169,7 +174,7 @@ def completion(model: str, prompt: Sequence[int], **options: Any) -> dict[str, A
 def measure_handover(
     bench: SideBySide, requests: int, lengths: Sequence[int], max_tokens: int, turn_requests: int = 1
 ) -> Iterator[list[HandoverRecord]]:
-    """`requests` greedy requests of each prompt length on each stack, one at a time; yields each finished turn.
+    """`requests` greedy requests of each prompt length on each stack, one at a time; yields finished turns.
 
     A turn has up to `turn_requests` of each length. A prompt goes once to each stack, so that each can be
     paired with the plain engine's time for it.
@@ -184,8 +189,10 @@ def measure_handover(
                     prompt = bench.prompts.draw("handover", round_number, length=length)
                     body = completion(stack.model, prompt, max_tokens=max_tokens, temperature=0)
                     record = HandoverRecord(name, round_number, position, length)
+                    before = stack.counters(KV_COUNTERS)
                     records.append(_hand_over(record, client, body))
                     time.sleep(bench.pace.gap_s)
+                    record.counters = difference(before, stack.counters(KV_COUNTERS))
                 load = meter.read()
                 load.stack_nice = stack.niceness()
             for record in records:

@@ -12,6 +12,7 @@ from benchmarks.stats import summary
 PLAIN = "plain"
 PATH = "x-braid-path"
 MS = 1000.0
+SENT, EARLY = "prefill/braid_kv_sent_bytes_total", "prefill/braid_kv_early_bytes_total"
 # For each stack, the reply header or counter in which a fan-out record tells what became of the KV cache.
 PROOFS: dict[str, dict[str, str]] = {
     "nixl": {
@@ -27,8 +28,10 @@ PROOFS: dict[str, dict[str, str]] = {
 def handover_figures(records: Sequence[HandoverRecord]) -> list[dict[str, Any]]:
     """One row a prompt length and stack, in milliseconds.
 
-    `handover_ms` is the time to first token minus the plain engine's for the same prompt in the same round;
-    `over_plain_p50` and `over_plain_p95` are the differences of the percentiles themselves.
+    `handover_ms` is the time to first token minus the plain engine's for the same prompt in the same round,
+    `ttft_ratio` the one divided by the other; `over_plain_p50` and `over_plain_p95` are the differences of
+    the percentiles themselves. `early_share`: part of the KV bytes that left before the last chunk was
+    computed.
     """
     rows = []
     for length in sorted({record.prompt_tokens for record in records}):
@@ -41,10 +44,13 @@ def handover_figures(records: Sequence[HandoverRecord]) -> list[dict[str, Any]]:
             row = {"prompt_tokens": length, "stack": stack, "ttft_ms": ttft}
             if stack != PLAIN and pairs:
                 row["handover_ms"] = summary([mine[0] - other[0] for mine, other in pairs])
+                row["ttft_ratio"] = summary([mine[0] / other[0] for mine, other in pairs])
                 row["over_plain_p50"] = ttft["p50"] - base["p50"]
                 row["over_plain_p95"] = ttft["p95"] - base["p95"]
                 row["same_text"] = sum(mine[1] == other[1] for mine, other in pairs)
             group = [r for r in records if (r.stack, r.prompt_tokens) == (stack, length)]
+            if sent := sum(r.counters.get(SENT, 0.0) for r in group):
+                row["early_share"] = sum(r.counters.get(EARLY, 0.0) for r in group) / sent
             row["errors"] = sum(bool(r.error) for r in group)
             row["stack_nice"] = sorted({r.turn.stack_nice for r in group if r.turn})
             row["paths"] = Counter(r.headers[PATH] for r in group if PATH in r.headers)
@@ -113,6 +119,8 @@ def handover_table(rows: Sequence[dict[str, Any]]) -> str:
         ("hand-over p50 ms", lambda row: number(row.get("handover_ms", {}).get("p50"))),
         ("p95", lambda row: number(row.get("handover_ms", {}).get("p95"))),
         ("iqr", lambda row: number(row.get("handover_ms", {}).get("iqr"))),
+        ("of plain", lambda row: ratio(row.get("ttft_ratio", {}).get("p50"))),
+        ("early KV", lambda row: ratio(row.get("early_share"))),
         ("path", lambda row: ", ".join(f"{path} {count}" for path, count in row["paths"].items()) or "-"),
         ("same text", lambda row: str(row.get("same_text", "-"))),
         ("errors", lambda row: str(row["errors"])),
@@ -154,6 +162,11 @@ def table(
     return "\n".join(
         "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells
     )
+
+
+def ratio(value: float | None) -> str:
+    """Two decimals; "-" for nothing."""
+    return "-" if value is None else f"{value:.2f}"
 
 
 def number(value: float | None) -> str:

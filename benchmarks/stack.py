@@ -103,12 +103,12 @@ class Stack:
         """The highest nice value of any process of the stack."""
         return max(process.niceness() for process in self.processes)
 
-    def counters(self) -> dict[str, float]:
+    def counters(self, prefixes: tuple[str, ...] = METRIC_PREFIXES) -> dict[str, float]:
         """Every counter of interest as `page/series`."""
         found: dict[str, float] = {}
         for page, url in self.metrics.items():
             text = httpx.get(url, trust_env=False, timeout=10.0).raise_for_status().text
-            found |= {f"{page}/{name}": value for name, value in totals(text, METRIC_PREFIXES).items()}
+            found |= {f"{page}/{name}": value for name, value in totals(text, prefixes).items()}
         return found
 
     def settled_counters(self, quiet_s: float = 0.6, timeout_s: float = 10.0) -> dict[str, float]:

@@ -1,31 +1,30 @@
 """Make a random-weight Qwen3 of about the demo model's shape, for machines that do not have the demo model.
 
-Usage, in an environment that has transformers: `python -m benchmarks.tiny_model DIR`.
-4 layers x 256, 4 heads, 2 KV heads of 64, so float32 KV takes 4 KiB a token; byte-level BPE tokenizer.
+Usage, in an environment that has transformers: `python -m benchmarks.tiny_model DIR [--layers 8]`.
+Layers x 256, 4 heads, 2 KV heads of 64, so float32 KV takes 1 KiB a token and layer; byte-level BPE.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-POSITIONS = 8192
+POSITIONS = 32768
 VOCABULARY = 439
 END = "<|end|>"
 
 
-def make_model(directory: Path, seed: int = 0) -> None:
+def make_model(directory: Path, layers: int = 4, seed: int = 0) -> None:
     """Write config, weights and tokenizer to `directory`."""
     config = Qwen3Config(
         vocab_size=VOCABULARY,
         hidden_size=256,
         intermediate_size=768,
-        num_hidden_layers=4,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=64,
@@ -55,4 +54,8 @@ def _tokenizer() -> Tokenizer:
 
 
 if __name__ == "__main__":
-    make_model(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--layers", type=int, default=4)
+    arguments = parser.parse_args()
+    make_model(arguments.directory, arguments.layers)

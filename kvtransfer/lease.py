@@ -65,6 +65,7 @@ class Lease(Generic[P]):
         pieces: what has been, by group, in block order without gaps.
         at: where its memory begins once it is held.
         writers: threads that fill a piece now.
+        sent: bytes given to transports; ``early``: of those, before the last blocks were handed over.
     """
 
     key: Key
@@ -76,6 +77,8 @@ class Lease(Generic[P]):
     subscribers: dict[SubId, Subscriber] = field(default_factory=dict)
     at: int = -1
     writers: int = 0
+    sent: int = 0
+    early: int = 0
     finished: int = 0
     heard: float = 0.0
 

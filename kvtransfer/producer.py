@@ -25,7 +25,15 @@ from kvtransfer.lease import Lease, LeaseTable, Subscriber
 from kvtransfer.loop import Loop
 from kvtransfer.plan import pieces
 from kvtransfer.sockets import set_heartbeat
-from kvtransfer.transport import Parcel, Piece, ProducerTransport, Sender, Unavailable
+from kvtransfer.transport import (
+    Meets,
+    Parcel,
+    Piece,
+    ProducerSide,
+    ProducerTransport,
+    Sender,
+    Unavailable,
+)
 from kvtransfer.transport.zmq import ZmqSender
 
 log = logging.getLogger("braid.kvtransfer")
@@ -70,7 +78,7 @@ class Producer:
         arena: the memory blocks are staged in; the producer closes it.
         lease_s: see :class:`~kvtransfer.lease.LeaseTable`.
         emit: receives ``Opened``, ``Closed``.
-        transports: makes those this producer has, given its socket and the arena.
+        transports: makes those this producer has.
         piece_bytes: largest parcel (one block at least).
         codec: names how rows are encoded ("" for not at all).
     """
@@ -86,7 +94,7 @@ class Producer:
         arena: Arena,
         lease_s: float,
         emit: Callable[[wire.Event], None],
-        transports: Callable[[zmq.Socket[bytes], Arena], Sequence[ProducerTransport]],
+        transports: Callable[[ProducerSide], Sequence[ProducerTransport]],
         piece_bytes: int,
         digests: Digests,
         codec: str = "",
@@ -109,7 +117,7 @@ class Producer:
         self._sessions: dict[bytes, _Session] = {}
         self._socket = self._bind(context, bind, keys_dir)
         self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
-        self._transports = {t.name: t for t in transports(self._socket, arena)}
+        self._transports = {t.name: t for t in transports(ProducerSide(loop, self._socket, arena))}
         loop.add(self._socket, self._receive)
         loop.every_tick(self._tick)
 
@@ -144,12 +152,18 @@ class Producer:
         )
         spans = {span.group: span for span in message.spans}
         try:
-            nbytes = sum(span.count * self._shapes[span.group].block_bytes for span in message.spans)
+            nbytes = sum(self._bytes_of(span) for span in message.spans)
             self.table.open(Lease(message.key, manifest, spans, nbytes, message.subscribers))
-        except (ValueError, IndexError) as error:
+        except ValueError as error:
             self._emit(wire.Closed(message.key, str(error)))
             return
         self._grant()
+
+    def _bytes_of(self, span: wire.Want) -> int:
+        """Staging that blocks take. Raises ValueError for blocks that can't be."""
+        if not 0 <= span.group < len(self._shapes) or span.first < 0 or span.count < 0:
+            raise ValueError(f"this cache has no such blocks: {span}")
+        return span.count * self._shapes[span.group].block_bytes
 
     def stage(self, key: wire.Key, group: int, first: int, count: int, fill: Fill) -> bool:
         """Copy blocks ``[first, first + count)`` of a group into the lease and hand them on; from any thread.
@@ -162,13 +176,14 @@ class Producer:
             if lease is None:
                 return False
             lease.writers += 1
+        lease.early = lease.sent
         try:
             block_bytes = self._shapes[group].block_bytes
             for run in pieces(0, count, block_bytes, self._piece_bytes):
                 piece = self._piece(lease, group, first + run.start, len(run))
                 fence = fill(run, piece.rows)
                 if fence is None:
-                    self._loop.call_soon(partial(self._publish, key, piece))
+                    self._loop.call_soon(partial(self._publish, lease, piece))
                 else:
                     with self._lock:
                         lease.writers += 1
@@ -191,12 +206,12 @@ class Producer:
     def _written(self, lease: Lease[Piece], piece: Piece) -> None:
         with self._lock:
             lease.writers -= 1
-        self._publish(lease.key, piece)
+        self._publish(lease, piece)
 
-    def _publish(self, key: wire.Key, piece: Piece) -> None:
-        lease = self.table.publish(key, piece)
-        if lease is None:
+    def _publish(self, lease: Lease[Piece], piece: Piece) -> None:
+        if self.table.held.get(lease.key) is not lease:  # it has ended; the key may be another's by now
             return
+        self.table.publish(lease.key, piece)
         piece.digest = self._digests.of(piece.rows)
         for subscriber in list(lease.subscribers.values()):
             self._feed(lease, subscriber)
@@ -210,7 +225,7 @@ class Producer:
         for subscriber in lease.subscribers.values():
             if not subscriber.ended:
                 self._tell(subscriber, wire.Refused(subscriber.id[1], reason))
-        self._emit(wire.Closed(key, reason))
+        self._emit(wire.Closed(key, reason, lease.sent, lease.early))
         self._grant()
 
     def stats(self) -> wire.Stats:
@@ -267,6 +282,7 @@ class Producer:
         while session.queue and session.unacked < WINDOW_BYTES:
             parcel = session.queue.popleft()
             session.unacked += parcel.nbytes
+            self._count(session, parcel)
             whole = parcel.rows.shape == parcel.piece.rows.shape
             digest = parcel.piece.digest if whole else self._digests.of(parcel.rows, parcel.piece.digest)
             try:
@@ -274,6 +290,11 @@ class Producer:
             except zmq.ZMQError as error:
                 self._gone(session, error)
                 return
+
+    def _count(self, session: _Session, parcel: Parcel) -> None:
+        lease = self.table.held.get(session.subscriptions[parcel.sub])
+        if lease is not None:
+            lease.sent += parcel.nbytes
 
     def _tell(self, subscriber: Subscriber, message: wire.Data) -> None:
         session = self._sessions.get(subscriber.id[0])
@@ -340,6 +361,9 @@ class Producer:
             case wire.Alive(keys):
                 for key in keys:
                     self.table.alive(key)
+            case wire.Rendezvous(number, name, value):
+                if number == session.number and isinstance(session.sender, Meets):
+                    session.sender.told(name, value)
             case _:
                 log.warning("kv_unexpected_message", extra={"kind": type(message).__name__})
 

@@ -101,6 +101,14 @@ class Lane(_Msg, frozen=True, tag="lane"):
     session: int
 
 
+class Rendezvous(_Msg, frozen=True, tag="meet"):
+    """Either way, from one half of a transport to the other: what it needs to be told to connect."""
+
+    session: int
+    name: str
+    value: bytes
+
+
 class Subscribe(_Msg, frozen=True, tag="sub"):
     """``epoch``: the producer's, from the ticket. ``heads``: range of the producer rank's heads.
 
@@ -202,10 +210,15 @@ class Close(_Msg, frozen=True, tag="close"):
 
 
 class Closed(_Msg, frozen=True, tag="closed"):
-    """Producer to server: the lease has ended; ``reason`` is done | expired | what Close said."""
+    """Producer to server: the lease has ended; ``reason`` is done | expired | what Close said.
+
+    ``sent``: bytes given to transports; ``early``: of those, before the last blocks were computed.
+    """
 
     key: Key
     reason: str
+    sent: int = 0
+    early: int = 0
 
 
 class Span(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
@@ -292,7 +305,9 @@ class Stats(_Msg, frozen=True, tag="stats"):
     loads: int = 0
 
 
-Data = Hello | Welcome | Lane | Subscribe | Manifest | Blocks | Ack | Done | Drop | Alive | Refused
+Data = (
+    Hello | Welcome | Lane | Rendezvous | Subscribe | Manifest | Blocks | Ack | Done | Drop | Alive | Refused
+)
 Command = Open | Close | Load | Unload | Stat
 Event = Ready | Opened | Closed | Loaded | Failed | Stats
 

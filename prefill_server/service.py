@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from prometheus_client import Counter
+
 from braid import wire
 from braid.errors import error_body
 from braid.worker.asgi import post
@@ -16,10 +18,13 @@ from braid.worker.counters import Counters
 from braid.worker.engine import Engine
 from braid.worker.prompt import Prompt
 from kvtransfer import wire as kv
-from kvtransfer.plan import num_blocks
+from kvtransfer.plan import CHAIN_TOKENS, needed_blocks, readers
 from prefill_server.llm import JOB, Job, Unshareable
 
 log = logging.getLogger("braid.prefill")
+
+SENT = Counter("braid_kv_sent_bytes", "KV bytes sent to decode workers")
+EARLY = Counter("braid_kv_early_bytes", "Those sent before the last chunk of their prompt was computed")
 
 _SAMPLING_FIELDS = frozenset(
     {"n", "best_of", "stream", "stream_options", "logprobs", "top_logprobs", "use_beam_search", "echo"}
@@ -141,25 +146,33 @@ class _Leases:
 
     async def open(self, message: wire.Prefill, key: kv.Key, prompt: Prompt) -> None:
         engine = self._engine
-        command = kv.Open(
-            key,
-            len(prompt.tokens),
-            prompt.chain(engine.block_size),
-            engine.fingerprint,
-            (kv.Want(0, 0, num_blocks(len(prompt.tokens), engine.block_size)),),
-            max(1, message.ticket.subscribers),
-        )
+        commands = self._commands(message.ticket, key, prompt)
         opened = engine.control.expect(("open", key))
         closed = engine.control.expect(("closed", key))
-        closed.add_done_callback(lambda _: self._forget(message.ref, key))
+        closed.add_done_callback(lambda ended: self._closed(message.ref, key, ended))
         self._keys.setdefault(message.ref, []).append(key)
-        await engine.control.broadcast(command)
+        await engine.control.send(commands)
         try:
             await asyncio.wait([opened, closed], return_when=asyncio.FIRST_COMPLETED)
         finally:
             engine.control.forget(("open", key))
         if not opened.done():
             raise Unshareable("the lease was refused")
+
+    def _commands(self, ticket: wire.Ticket, key: kv.Key, prompt: Prompt) -> list[kv.Command]:
+        """One ``Open`` a rank: what it will stage, and how many ranks will read it there."""
+        engine, tokens = self._engine, len(prompt.tokens)
+        try:
+            counts = [readers(engine.kv_heads, engine.ranks, ranks) for ranks in ticket.consumers]
+        except ValueError as error:
+            raise Unshareable(str(error)) from None
+        needed = [needed_blocks(tokens, group, engine.block_size) for group in engine.groups]
+        spans = tuple(kv.Want(group, blocks.start, len(blocks)) for group, blocks in enumerate(needed))
+        chain = prompt.chain(CHAIN_TOKENS)
+        return [
+            kv.Open(key, tokens, chain, engine.fingerprint, spans, max(1, sum(readers_)))
+            for readers_ in zip(*counts, strict=True)
+        ]
 
     def refs(self) -> list[int]:
         """Dispatches that hold leases."""
@@ -170,6 +183,13 @@ class _Leases:
         for key in self._keys.get(ref, []):
             command = kv.Close(key, reason)
             asyncio.get_running_loop().create_task(self._engine.control.broadcast(command))
+
+    def _closed(self, ref: int, key: kv.Key, ended: asyncio.Future[list[kv.Event]]) -> None:
+        for event in () if ended.cancelled() else ended.result():
+            if isinstance(event, kv.Closed):
+                SENT.inc(event.sent)
+                EARLY.inc(event.early)
+        self._forget(ref, key)
 
     def _forget(self, ref: int, key: kv.Key) -> None:
         keys = self._keys.get(ref, [])
