@@ -1,0 +1,276 @@
+"""Random groups, aborts, pauses and kills on a real cluster: does anything leak, hang or answer wrongly?
+
+    python -m benchmarks.soak --minutes 60
+
+Greedy prompts whose answers are known from a calm phase are asked all the time; an answer that is not the
+known one, or not a prefix of it where the stream was cut, is a wrong token. Other clients ask for groups and
+leave when they like. Workers are killed or stopped in turn and come back. At the end nothing may be held.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+
+from benchmarks.guard import descendants
+from benchmarks.machine import describe_machine, package_versions
+from deploy.local import Cluster, UpSettings
+
+ROOT = Path(__file__).resolve().parents[1]
+REFERENCES = 40
+LENGTHS = (8, 40, 400, 1500, 3000)
+TOKENS = 32
+SAMPLE_S = 10.0
+WARM_S = 120.0
+LEAST_S = 300.0
+PAUSE_S = 5.0
+BACK_S = 240.0
+REST_S = 60.0
+HELD = ("running", "waiting", "requests", "imports", "jobs", "dispatches", "loads", "staging_bytes", "leases")
+
+
+class Rss(msgspec.Struct):
+    """Resident memory of a worker with all its processes, `at` seconds into the run."""
+
+    at: float
+    worker: str
+    pid: int
+    mib: float
+
+
+class Soak:
+    """One run against a started cluster."""
+
+    def __init__(self, cluster: Cluster, seed: int) -> None:
+        self.cluster = cluster
+        self.rng = random.Random(seed)
+        self.client = httpx.AsyncClient(base_url=cluster.url, timeout=120, trust_env=False)
+        self.outcomes: Counter[str] = Counter()
+        self.paths: Counter[str] = Counter()
+        self.faults: Counter[str] = Counter()
+        self.wrong: list[dict[str, str]] = []
+        self.rss: list[Rss] = []
+        self.known: list[tuple[dict[str, Any], str]] = []
+        self.started = time.monotonic()
+
+    async def learn(self) -> None:
+        """Ask every reference prompt while nothing disturbs."""
+        for _ in range(REFERENCES):
+            prompt = [self.rng.randrange(5, 400) for _ in range(self.rng.choice(LENGTHS))]
+            body = {"model": "demo", "prompt": prompt, "temperature": 0, "max_tokens": TOKENS}
+            body |= {"ignore_eos": True, "stream": True}
+            text, done = await self.stream(body)
+            if not done:
+                raise RuntimeError("a reference prompt was not answered in the calm phase")
+            self.known.append((body, text))
+
+    async def stream(self, body: dict[str, Any]) -> tuple[str, bool]:
+        """The streamed text of the first sample, and whether it was complete."""
+        text, done = "", False
+        async with self.client.stream("POST", "/v1/completions", json=body) as reply:
+            self.paths[reply.headers.get("x-braid-path", f"status {reply.status_code}")] += 1
+            async for line in reply.aiter_lines():
+                if line == "data: [DONE]":
+                    done = True
+                elif line.startswith("data: {"):
+                    choices = msgspec.json.decode(line[6:]).get("choices", [])
+                    text += "".join(c["text"] for c in choices if c["index"] == 0)
+        return text, done
+
+    async def ask_known(self) -> None:
+        body, expected = self.rng.choice(self.known)
+        text, done = await self.stream(body)
+        right = text == expected if done else expected.startswith(text)
+        self.outcomes["complete" if done else "cut" if text else "refused"] += 1
+        if not right:
+            self.wrong.append({"expected": expected, "got": text})
+
+    async def ask_group(self) -> None:
+        """A group whose client may leave at any moment."""
+        n = self.rng.choice([1, 4, 16])
+        prompt = [self.rng.randrange(5, 400) for _ in range(self.rng.choice(LENGTHS))]
+        body = {
+            "model": "demo",
+            "prompt": prompt,
+            "n": n,
+            "temperature": 1.0,
+            "max_tokens": 64,
+            "stream": True,
+        }
+        request = asyncio.create_task(self.stream(body))
+        patience = self.rng.choice([0.01, 0.1, 0.5, 60.0])
+        ended, _ = await asyncio.wait([request], timeout=patience)
+        if not ended:
+            request.cancel()
+            await asyncio.gather(request, return_exceptions=True)
+            self.outcomes["left"] += 1
+        else:
+            self.outcomes["group complete" if request.result()[1] else "group cut"] += 1
+
+    async def ask(self, until: float) -> None:
+        while time.monotonic() < until:
+            act: Callable[[], Awaitable[None]] = self.rng.choice([self.ask_known, self.ask_group])
+            try:
+                await act()
+            except httpx.HTTPError as error:
+                self.outcomes[type(error).__name__] += 1
+            await asyncio.sleep(self.rng.random() * 0.3)
+
+    async def disturb(self, until: float, every_s: float) -> None:
+        workers = [name for name in self.cluster.pids if name != "router"]
+        while time.monotonic() + every_s < until:
+            await asyncio.sleep(every_s)
+            name = self.rng.choice(workers)
+            if self.rng.random() < 0.3:
+                self.faults[f"stopped {name}"] += 1
+                os.killpg(self.cluster.pids[name], signal.SIGSTOP)
+                await asyncio.sleep(PAUSE_S)
+                os.killpg(self.cluster.pids[name], signal.SIGCONT)
+                continue
+            self.faults[f"killed {name}"] += 1
+            os.killpg(self.cluster.pids[name], signal.SIGKILL)
+            while name not in self.cluster.ended():
+                await asyncio.sleep(0.1)
+            self.cluster.respawn(name)
+            await self.until(lambda: self.is_ready(len(workers)), BACK_S)
+
+    async def is_ready(self, workers: int) -> bool:
+        state = (await self.client.get("/cluster")).json()
+        return len([w for w in state["workers"] if w["state"] == "ready"]) == workers
+
+    async def watch(self, until: float) -> None:
+        while time.monotonic() < until:
+            at = time.monotonic() - self.started
+            for name, pid in dict(self.cluster.pids).items():
+                mib = sum(map(resident_mib, [pid, *descendants(pid)]))
+                self.rss.append(Rss(round(at, 1), name, pid, round(mib, 1)))
+            progress(
+                f"{at / 60:.1f} min: {dict(self.outcomes)}, wrong {len(self.wrong)}, {dict(self.faults)}"
+            )
+            await asyncio.sleep(SAMPLE_S)
+
+    async def held(self) -> dict[str, dict[str, int]]:
+        """What every worker still holds."""
+        found: dict[str, dict[str, int]] = {}
+        for worker in (await self.client.get("/cluster")).json()["workers"]:
+            stats = (await self.client.get(worker["http"] + "/stats")).json()
+            held = {key: stats[key] for key in HELD if stats.get(key)}
+            if stats["free"] != stats["blocks"] - 1:
+                held["blocks"] = stats["blocks"] - 1 - stats["free"]
+            if held:
+                found[worker["worker"]] = held
+        return found
+
+    async def until(self, holds: Callable[[], Awaitable[bool]], limit_s: float) -> bool:
+        deadline = time.monotonic() + limit_s
+        while not await holds():
+            if time.monotonic() > deadline:
+                return False
+            await asyncio.sleep(0.2)
+        return True
+
+    async def run(self, minutes: float, clients: int, every_s: float) -> dict[str, Any]:
+        await self.learn()
+        end = time.monotonic() + minutes * 60
+        await asyncio.gather(
+            *(self.ask(end) for _ in range(clients)), self.disturb(end, every_s), self.watch(end)
+        )
+
+        async def nothing_held() -> bool:
+            return not await self.held()
+
+        await self.until(nothing_held, REST_S)
+        return {
+            "outcomes": dict(self.outcomes),
+            "paths": dict(self.paths),
+            "faults": dict(self.faults),
+            "wrong": self.wrong,
+            "held_at_the_end": await self.held(),
+            "rss_slopes": slopes(self.rss),
+            "rss": self.rss,
+        }
+
+
+def slopes(samples: Sequence[Rss]) -> dict[str, dict[str, float]]:
+    """MiB an hour of each process that lived at least LEAST_S after its first WARM_S, by least squares."""
+    lives: dict[tuple[str, int], list[Rss]] = defaultdict(list)
+    for sample in samples:
+        lives[sample.worker, sample.pid].append(sample)
+    found = {}
+    for (worker, pid), life in lives.items():
+        warm = [s for s in life if s.at >= life[0].at + WARM_S]
+        if len(warm) > 2 and warm[-1].at - warm[0].at >= LEAST_S:
+            mean_at = sum(s.at for s in warm) / len(warm)
+            mean = sum(s.mib for s in warm) / len(warm)
+            spread = sum((s.at - mean_at) ** 2 for s in warm)
+            slope = sum((s.at - mean_at) * (s.mib - mean) for s in warm) / spread
+            found[f"{worker} {pid}"] = {
+                "mib_an_hour": round(slope * 3600, 1),
+                "minutes": round((warm[-1].at - warm[0].at) / 60, 1),
+                "mib": round(mean, 1),
+            }
+    return found
+
+
+def resident_mib(pid: int) -> float:
+    """Resident memory of one process; 0 if it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0.0
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS")), 0.0)
+
+
+def progress(line: str) -> None:
+    """Say on stderr how far it is."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run, save, show; exit status 1 for a wrong token or an orphan."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--clients", type=int, default=6)
+    parser.add_argument("--fault-every-s", type=float, default=60.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
+    args = parser.parse_args(argv)
+    begun = datetime.now(UTC)
+    with tempfile.TemporaryDirectory(prefix="soak-", ignore_cleanup_errors=True) as folder:
+        settings = UpSettings(prefill=1, decode=2, port=0, run_dir=Path(folder), start_timeout_s=600)
+        with Cluster(settings, []) as cluster:
+            soak = Soak(cluster.wait_ready(), args.seed)
+            found = asyncio.run(soak.run(args.minutes, args.clients, args.fault_every_s))
+    result = {
+        "benchmark": "soak",
+        "started": begun.isoformat(timespec="seconds"),
+        "arguments": {key: str(value) for key, value in vars(args).items() if key != "out"},
+        "machine": describe_machine(),
+        "versions": package_versions(sys.executable),
+        **found,
+    }
+    path = args.out / f"soak-{begun:%Y%m%d-%H%M%S}.json"
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
+    shown = {key: value for key, value in found.items() if key != "rss"}
+    print(f"result: {path}", msgspec.json.format(msgspec.json.encode(shown), indent=1).decode(), sep="\n")
+    return 1 if found["wrong"] or found["held_at_the_end"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
