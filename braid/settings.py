@@ -10,11 +10,12 @@ from __future__ import annotations
 import os
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from pydantic_settings import (
     BaseSettings,
+    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     TomlConfigSettingsSource,
@@ -129,6 +130,17 @@ class RouterSettings(ProcessSettings):
         return self
 
 
+def _split(value: object) -> object:
+    """Names with commas between them, as a flag or variable gives them."""
+    return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+
+
+Transports = Annotated[
+    tuple[Literal["shm", "nixl", "collective", "zmq"], ...], NoDecode, BeforeValidator(_split)
+]
+"""Names of :mod:`kvtransfer.transport`, in order of preference."""
+
+
 class WorkerSettings(ProcessSettings):
     """A prefill or decode worker: one vLLM engine."""
 
@@ -139,16 +151,29 @@ class WorkerSettings(ProcessSettings):
     served_model_name: str = Field("", description="name clients use (default: the model's folder name)")
     run_dir: Path | None = Field(None, description="folder of sockets (default: a private temporary one)")
     block_size: int = Field(32, ge=1, description="tokens of a KV block; equal on P and D")
-    load_timeout_s: float = Field(60.0, gt=0, description="longest wait for a KV transfer")
+    load_timeout_s: float = Field(60.0, gt=0, le=600, description="longest wait for a KV transfer")
     drain_s: float = Field(30.0, ge=0, description="on SIGTERM, time for running requests to end")
-    kv_transports: tuple[Literal["shm", "zmq"], ...] = Field(
-        ("shm", "zmq"), min_length=1, description="how KV may travel; the first that both ends have is taken"
+    kv_transports: Transports = Field(
+        ("shm", "zmq"),
+        min_length=1,
+        description="how KV may travel, with commas between; the first that both ends have is taken",
     )
     kv_lanes: int = Field(1, ge=1, le=8, description="connections a pair for KV over zmq (decode asks)")
+    kv_host: str = Field("127.0.0.1", description="address that `collective` listens on")
+    kv_plaintext: bool = Field(
+        False, description="allow `nixl` and `collective`, which do not encrypt, in a cluster with keys"
+    )
 
     @model_validator(mode="after")
     def _curve(self) -> WorkerSettings:
         _require_keys(self.keys_dir, self.router)
+        _require_keys(self.keys_dir, self.kv_host)
+        bare = sorted({"nixl", "collective"}.intersection(self.kv_transports))
+        if bare and self.keys_dir is not None and not self.kv_plaintext:
+            raise ValueError(
+                f"{' and '.join(bare)} would carry KV unencrypted in a cluster that has keys: leave them "
+                "out of kv_transports, or set kv_plaintext if the network between workers is trusted"
+            )
         return self
 
 
@@ -163,6 +188,9 @@ class PrefillSettings(WorkerSettings):
     lease_s: float = Field(30.0, gt=0, description="how long KV is held for a decode worker not heard of")
     kv_piece_bytes: int = Field(
         1024 * 1024, gt=0, le=32 * 1024 * 1024, description="KV sent at a time (one block at least)"
+    )
+    kv_codec: Literal["none", "int8", "fp8"] = Field(
+        "none", description="KV of a bfloat16 cache on its way: as it is, or in about half the bytes (lossy)"
     )
     kv_check: Literal["off", "sampled", "full"] = Field(
         "sampled", description="checksums of KV on its way: of nothing, one piece in 16, or all"

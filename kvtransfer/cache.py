@@ -7,6 +7,8 @@ head keeps for a block (kernels pack it as they like) is a row of opaque bytes.
 
 from __future__ import annotations
 
+import ctypes
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,6 +67,7 @@ class HostCache:
     def __init__(self, groups: Sequence[Group]) -> None:
         self._groups = [[as_rows(layer, group.heads).numpy() for layer in group.layers] for group in groups]
         self._whole = [_one_array(layers) for layers in self._groups]
+        self._pages = [_Pages(layers) for layers in self._groups]
         self.shapes = tuple(shape_of(layers) for layers in self._groups)
         self.blocks = self._groups[0][0].shape[0]
 
@@ -79,18 +82,50 @@ class HostCache:
 
     def scatter(self, group: int, block_ids: Sequence[int], rows: torch.Tensor, put: int = 0) -> None:
         check_rows(self.shapes[group], len(block_ids), rows, put)
-        source, ids = rows.numpy(), np.asarray(block_ids, dtype=np.intp)
-        heads = slice(put, put + source.shape[2])
-        whole = self._whole[group]
-        if whole is not None:
-            whole[:, ids, heads] = source
-            return
-        for layer, layer_rows in zip(self._groups[group], source, strict=True):
-            layer[ids, heads] = layer_rows
+        self._pages[group].write(np.asarray(block_ids, dtype=np.intp), rows.numpy(), put)
 
     def copy(self, group: int, source: int, target: int) -> None:
         for layer in self._groups[group]:
             layer[target] = layer[source]
+
+
+class _Pages:
+    """The blocks of a group's layers as one array, however far apart the layers lie.
+
+    Writing a few blocks layer by layer costs more in calls than in copies; this is one call for all layers.
+    The array spans all memory from the first layer to the last and is only ever used at places inside a
+    layer.
+    """
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        starts = [int(layer.__array_interface__["data"][0]) for layer in layers]
+        self._layers = layers
+        self._blocks, heads, self._row_bytes = layers[0].shape
+        self._block_bytes = heads * self._row_bytes
+        self._first, self._end = min(starts), max(starts) + layers[0].nbytes
+        self._step = math.gcd(*(start - self._first for start in starts), self._row_bytes)
+        self._at = np.asarray([start - self._first for start in starts], dtype=np.intp)[:, None]
+        memory = (ctypes.c_char * (self._end - self._first)).from_address(self._first)
+        self._memory = np.frombuffer(memory, dtype=np.uint8)
+
+    def write(self, ids: Any, rows: Any, put: int) -> None:
+        """Copy ``[layers, count, heads, row_bytes]`` into the blocks' heads from ``put`` on."""
+        if ids.size and not 0 <= ids.min() <= ids.max() < self._blocks:
+            raise IndexError(f"blocks [{ids.min()}, {ids.max()}] are not in a cache of {self._blocks}")
+        inside = self._first <= rows.__array_interface__["data"][0] < self._end
+        if inside or rows.strides[2:] != (self._row_bytes, 1):  # NumPy would copy what it can't tell apart
+            for layer, layer_rows in zip(self._layers, rows, strict=True):
+                layer[ids, put : put + rows.shape[2]] = layer_rows
+            return
+        chunk = np.dtype((np.void, rows.shape[2] * self._row_bytes))
+        count = (len(self._memory) - chunk.itemsize) // self._step + 1
+        pages = np.ndarray((count,), chunk, self._memory, 0, (self._step,))
+        at = (self._at + put * self._row_bytes + ids * self._block_bytes) // self._step
+        if rows.flags.c_contiguous:
+            pages[at.reshape(-1)] = rows.reshape(-1).view(chunk)
+        else:
+            first = rows[:1, :1].reshape(-1).view(chunk)
+            pages[at] = np.lib.stride_tricks.as_strided(first, rows.shape[:2], rows.strides[:2])
 
 
 def as_rows(tensor: torch.Tensor, heads: int) -> torch.Tensor:

@@ -8,6 +8,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from kvtransfer.digest import digest
 from kvtransfer.fence import Waiter
 from kvtransfer.loop import Loop
 from kvtransfer.sockets import set_heartbeat
-from kvtransfer.transport import ConsumerTransport, Receiver, Unavailable
+from kvtransfer.transport import ConsumerSide, ConsumerTransport, Meets, Receiver, Unavailable
 
 log = logging.getLogger("braid.kvtransfer")
 
@@ -44,9 +45,9 @@ _EVENTS = (
     zmq.EVENT_HANDSHAKE_SUCCEEDED
     | zmq.EVENT_DISCONNECTED
     | zmq.EVENT_CONNECT_RETRIED
+    | zmq.EVENT_CLOSED
     | zmq.EVENT_HANDSHAKE_FAILED_AUTH
     | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 )
 
 
@@ -61,6 +62,7 @@ class _Part:
     Attributes:
         sub: number of its subscription, 0 while it has none.
         missing: by group, the blocks not yet written.
+        due: by group, of those the subscription covers, the blocks not yet announced.
         early: messages that came before the manifest (on another lane).
     """
 
@@ -68,6 +70,7 @@ class _Part:
     source: wire.Source
     missing: dict[int, set[int]]
     sub: int = 0
+    due: dict[int, set[int]] = field(default_factory=dict)
     manifest: wire.Manifest | None = None
     early: list[tuple[wire.Blocks, list[zmq.Frame]]] = field(default_factory=list)
 
@@ -105,7 +108,8 @@ class _Load:
 
 @dataclass(slots=True)
 class _Peer:
-    """A connection to a producer. ``up``: a session is agreed. ``trouble_at``: since when there is none."""
+    """A connection to a producer. ``up``: a session is agreed. ``trouble_at``: since when there is none.
+    ``lost``: ZMQ does not connect it again by itself."""
 
     endpoint: str
     socket: Socket
@@ -115,6 +119,7 @@ class _Peer:
     session: int = 0
     up: bool = False
     known: bool = False
+    lost: bool = False
     transport: str = ""
     receiver: Receiver | None = None
     unusable: set[str] = field(default_factory=set)
@@ -131,8 +136,7 @@ class Consumer:
 
     Args:
         cache: where blocks go.
-        transports: those this consumer has, in order of preference; made by a function of the
-            consumer's id and of what opens a further connection (see :class:`~.transport.zmq.ZmqConsumer`).
+        transports: makes those this consumer has, in order of preference.
         codecs: encodings this consumer takes, by name.
     """
 
@@ -144,9 +148,7 @@ class Consumer:
         *,
         name: str,
         emit: Callable[[wire.Event], None],
-        transports: Callable[
-            [bytes, Callable[[str], tuple[Socket, Callable[[], None]]]], Sequence[ConsumerTransport]
-        ],
+        transports: Callable[[ConsumerSide], Sequence[ConsumerTransport]],
         codecs: Mapping[str, Codec] | None = None,
         keys_dir: Path | None = None,
     ) -> None:
@@ -158,7 +160,8 @@ class Consumer:
         self._codecs = dict(codecs or {})
         self._keys_dir = keys_dir
         self._id = secrets.token_bytes(16)
-        self._transports = {t.name: t for t in transports(self._id, self._lane)}
+        side = ConsumerSide(loop, self._id, self._lane, self._say)
+        self._transports = {t.name: t for t in transports(side)}
         self._waiter = Waiter(loop, "braid-kv-fence")
         self._sessions = itertools.count(1)
         self._subs = itertools.count(1)
@@ -255,19 +258,40 @@ class Consumer:
     def _lane(self, endpoint: str) -> tuple[Socket, Callable[[], None]]:
         """A further connection of a session, and what closes it."""
         peer = self._peers[endpoint]
-        socket = self._open(endpoint)
+        session, socket = peer.session, self._open(endpoint)
+        monitor: Socket = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._loop.add(socket, lambda: self._receive(peer, socket))
+        self._loop.add(monitor, lambda: self._lane_lost(peer, session, monitor))
         socket.connect(endpoint)
-        return socket, lambda: self._loop.remove(socket)
+
+        def close() -> None:
+            if not socket.closed:  # by the loop's stop
+                socket.disable_monitor()
+            self._loop.remove(monitor)
+            self._loop.remove(socket)
+
+        return socket, close
+
+    def _lane_lost(self, peer: _Peer, session: int, monitor: Socket) -> None:
+        """What was on its way on this connection is lost: a new session asks for it again."""
+        recv_monitor_message(monitor)
+        if peer.up and peer.session == session:
+            self._greet(peer)
+
+    def _say(self, endpoint: str, message: wire.Data) -> None:
+        if (peer := self._peers.get(endpoint)) is not None:
+            self._send(peer, message)
 
     def _monitored(self, peer: _Peer) -> None:
         event = recv_monitor_message(peer.monitor)["event"]
+        # A retry follows every disconnection but that of a peer whose bytes were no ZMTP.
+        peer.lost = event not in (zmq.EVENT_HANDSHAKE_SUCCEEDED, zmq.EVENT_CONNECT_RETRIED, zmq.EVENT_CLOSED)
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self._greet(peer)
         elif event == zmq.EVENT_DISCONNECTED:
             self._down(peer)
             peer.unusable.clear()  # it may come back as another process
-        elif peer.known:  # it was there, and now nobody listens
+        elif event != zmq.EVENT_CONNECT_RETRIED and peer.known:  # it was there, and now nobody listens
             self._give_up(peer, "disconnected")
 
     def _greet(self, peer: _Peer) -> None:
@@ -306,7 +330,8 @@ class Consumer:
         return [
             load
             for load in self._loads.values()
-            if any(part.source.endpoint == endpoint and not part.complete for part in load.parts)
+            if not load.failed
+            and any(part.source.endpoint == endpoint and not part.complete for part in load.parts)
         ]
 
     def _give_up(self, peer: _Peer, reason: str) -> None:
@@ -377,6 +402,9 @@ class Consumer:
                 self._refused(peer, reason)
             case wire.Blocks():
                 self._announced(peer, message, frames)
+            case wire.Rendezvous(session, name, value):
+                if session == peer.session and isinstance(peer.receiver, Meets):
+                    peer.receiver.told(name, value)
             case wire.Alive() | wire.Manifest() | wire.Refused():
                 pass  # asks whether we are there; or late, for a load that has ended
             case _:
@@ -401,8 +429,10 @@ class Consumer:
         part.manifest = message
         early, part.early = part.early, []
         for blocks, frames in early:
-            self._take(peer, part, blocks, frames)
+            if self._parts.get(message.sub) is part:  # else the load has ended or starts over
+                self._take(peer, part, blocks, frames)
         self._finish_part(peer, part)
+        self._finish(part.load)
 
     def _check(self, part: _Part, manifest: wire.Manifest) -> None:
         """The producer attests what it will send; anything else than what we asked for is refused."""
@@ -446,8 +476,10 @@ class Consumer:
         """Have the transport get a payload that is one of those wanted."""
         assert part.manifest is not None
         try:
-            if message.group not in part.missing or not set(_blocks(message)) <= part.missing[message.group]:
+            due = part.due.get(message.group, set())
+            if not 0 < message.count <= len(due) or not due.issuperset(_blocks(message)):
                 raise _Refusal("out_of_range")
+            due.difference_update(_blocks(message))
             if peer.receiver is not None:
                 shape = part.manifest.shapes[message.group]
                 peer.receiver.receive(message, shape, part.heads, frames)
@@ -483,20 +515,26 @@ class Consumer:
             self._wrote(peer, part, message)
         else:
             load.writing += 1
-            self._waiter.after(fence, lambda: self._fenced(peer, part, message, now))
+            self._waiter.after(fence, partial(self._fenced, peer, part, message, now))
 
-    def _fenced(self, peer: _Peer, part: _Part, message: wire.Blocks, since: float) -> None:
+    def _fenced(self, peer: _Peer, part: _Part, message: wire.Blocks, since: float, well: bool) -> None:
         load = part.load
         load.writing -= 1
         load.scatter_s += time.monotonic() - since
         if load.failed:
             self._emit_failed(load)
-        else:
+        elif well:
             self._wrote(peer, part, message)
+        else:
+            self._fail(load, "copy_failed")
 
     def _wrote(self, peer: _Peer, part: _Part, message: wire.Blocks) -> None:
+        if time.monotonic() >= part.load.deadline:  # the producer may have used the memory meanwhile
+            self._fail(part.load, "timeout")
+            return
         part.missing[message.group].difference_update(_blocks(message))
         self._finish_part(peer, part)
+        self._finish(part.load)
 
     def _ack(self, peer: _Peer, nbytes: int) -> None:
         peer.unacked += nbytes
@@ -510,20 +548,22 @@ class Consumer:
         load = part.load
         part.sub = next(self._subs)
         self._parts[part.sub] = part
+        wants = part.wants()
+        part.due = {want.group: set(_blocks(want)) for want in wants}
         left = max(0.0, load.deadline - time.monotonic())
-        self._send(
-            peer,
-            wire.Subscribe(load.spec.key, part.sub, part.source.epoch, part.wants(), part.heads, left),
-        )
+        self._send(peer, wire.Subscribe(load.spec.key, part.sub, part.source.epoch, wants, part.heads, left))
 
     def _finish_part(self, peer: _Peer, part: _Part) -> None:
-        load = part.load
         if not part.complete or part.sub not in self._parts:
             return
         del self._parts[part.sub]
-        load.transport = peer.transport
-        self._send(peer, wire.Done(load.spec.key, part.sub))
-        if all(p.complete for p in load.parts):
+        part.load.transport = peer.transport
+        self._send(peer, wire.Done(part.load.spec.key, part.sub))
+
+    def _finish(self, load: _Load) -> None:
+        """End a load that has everything. A block may be on its way into the cache a second time."""
+        known = self._loads.get(load.spec.key) is load
+        if known and not load.failed and not load.writing and all(p.complete for p in load.parts):
             del self._loads[load.spec.key]
             now = time.monotonic()
             first_at = load.first_at or now
@@ -569,8 +609,11 @@ class Consumer:
             for load in waiting if not peer.up else ():
                 if now - max(peer.trouble_at, load.started) > patience:
                     self._fail(load, "disconnected" if peer.known else "unreachable")
-            if not waiting and now - peer.idle_since > IDLE_S:
+            if peer.lost or (not waiting and now - peer.idle_since > IDLE_S):
                 self._hang_up(peer)
+            if peer.lost and self._loads_from(peer.endpoint):
+                again = self._peer(peer.endpoint)
+                again.known, again.trouble_at = peer.known, peer.trouble_at
 
     def _keep_alive(self) -> None:
         waiting: dict[str, list[wire.Key]] = {}
@@ -587,5 +630,5 @@ class Consumer:
         del self._peers[peer.endpoint]
 
 
-def _blocks(message: wire.Blocks) -> range:
+def _blocks(message: wire.Blocks | wire.Want) -> range:
     return range(message.first, message.first + message.count)

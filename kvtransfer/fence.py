@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 from kvtransfer.loop import Loop
+
+log = logging.getLogger("braid.kvtransfer")
 
 
 class Fence(Protocol):
@@ -26,11 +30,14 @@ class Waiter:
     def __init__(self, loop: Loop, name: str) -> None:
         self._loop = loop
         self._name = name
-        self._queue: queue.SimpleQueue[tuple[Fence, Callable[[], None]] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[Fence, Callable[[bool], None]] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
-    def after(self, fence: Fence, call: Callable[[], None]) -> None:
-        """Run ``call`` on the loop once the fence has passed; calls keep their order. From any thread."""
+    def after(self, fence: Fence, call: Callable[[bool], None]) -> None:
+        """Run ``call`` on the loop once the fence has passed, with whether its copies went well.
+
+        Calls keep their order. From any thread.
+        """
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
             self._thread.start()
@@ -46,5 +53,10 @@ class Waiter:
     def _run(self) -> None:
         while (item := self._queue.get()) is not None:
             fence, call = item
-            fence.wait()
-            self._loop.call_soon(call)
+            try:
+                fence.wait()
+            except Exception:
+                log.exception("kv_copy_failed")
+                self._loop.call_soon(partial(call, False))
+            else:
+                self._loop.call_soon(partial(call, True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import threading
 import time
@@ -16,6 +17,8 @@ log = logging.getLogger("braid.kvtransfer")
 
 TICK_S = 0.25
 """Period of the timers; also the longest a stop takes."""
+BUSY_S = 50e-6
+"""Pause between two turns while something can only be polled."""
 
 
 class Loop(threading.Thread):
@@ -31,12 +34,14 @@ class Loop(threading.Thread):
         self._poller = zmq.Poller()
         self._handlers: dict[object, Callable[[], None]] = {}
         self._timers: list[Callable[[], None]] = []
+        self._polls: list[Callable[[], bool]] = []
+        self._busy = False
         self._calls: deque[Callable[[], None]] = deque()
         self._wake_r, self._wake_w = os.pipe()
         os.set_blocking(self._wake_r, False)
         os.set_blocking(self._wake_w, False)
         self._poller.register(self._wake_r, zmq.POLLIN)
-        self._wakes = threading.Lock()
+        self._wakes = threading.RLock()  # a finalizer may call while its thread calls already
         self._stopping = False
         self._closed = False
 
@@ -54,6 +59,11 @@ class Loop(threading.Thread):
     def every_tick(self, timer: Callable[[], None]) -> None:
         """Call ``timer`` about every :data:`TICK_S` seconds."""
         self._timers.append(timer)
+
+    def every_turn(self, poll: Callable[[], bool]) -> None:
+        """Call ``poll`` every turn, for what has no descriptor to wait on. While one returns True turns
+        follow one another without waiting (:data:`BUSY_S`); if none does, the loop sleeps as ever."""
+        self._polls.append(poll)
 
     def call_soon(self, call: Callable[[], None]) -> None:
         """Run ``call`` on the loop's thread; calls keep their order. After the stop: nothing."""
@@ -76,7 +86,7 @@ class Loop(threading.Thread):
         _use_all_cores()
         due = time.monotonic() + TICK_S
         while not self._stopping:
-            timeout = max(0, int((due - time.monotonic()) * 1000))
+            timeout = 0 if self._busy else max(0, math.ceil((due - time.monotonic()) * 1000))
             ready = self._poller.poll(timeout)
             for source, _ in ready:
                 if source == self._wake_r:
@@ -89,6 +99,9 @@ class Loop(threading.Thread):
                 due = time.monotonic() + TICK_S
                 for timer in self._timers:
                     self._guard(timer)
+            self._busy = self._poll_all()
+            if self._busy and not ready:
+                time.sleep(BUSY_S)
         for socket in list(self._handlers):
             self.remove(socket)  # type: ignore[arg-type]
         with self._wakes:
@@ -100,6 +113,15 @@ class Loop(threading.Thread):
         with contextlib.suppress(BlockingIOError):
             while os.read(self._wake_r, 4096):
                 pass
+
+    def _poll_all(self) -> bool:
+        busy = False
+        for poll in self._polls:
+            try:
+                busy |= poll()
+            except Exception:
+                log.exception("kv_loop_callback_failed")
+        return busy
 
     def _guard(self, call: Callable[[], None]) -> None:
         try:

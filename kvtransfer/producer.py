@@ -42,8 +42,13 @@ MAX_EARLY = 4096
 """Subscriptions held for keys that are not open yet; more are refused."""
 WINDOW_BYTES = 64 * 1024 * 1024
 """Payload on its way to one consumer; more waits in staging until the consumer acknowledges."""
+MAX_DEADLINE_S = 600.0
+"""Longest a subscription may hold memory; one that asks for more is refused."""
 SILENCE_S = 1.0
 """A consumer not heard of for this long is asked whether it is there (by sending it something)."""
+
+IDLE_S = 60.0
+"""The same, for one that waits for nothing: so a session does not outlast its consumer for good."""
 
 Fill = Callable[[range, torch.Tensor], Fence | None]
 """Writes blocks, numbered from the first one handed over, into ``[layers, count, heads, row_bytes]``."""
@@ -115,6 +120,7 @@ class Producer:
         self._lock = threading.Lock()  # a lease's end against a thread that begins to fill it
         self._waiter = Waiter(loop, "braid-kv-fence")
         self._sessions: dict[bytes, _Session] = {}
+        self._departed: dict[bytes, _Session] = {}  # ended, and their memory may still be read
         self._socket = self._bind(context, bind, keys_dir)
         self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self._transports = {t.name: t for t in transports(ProducerSide(loop, self._socket, arena))}
@@ -203,10 +209,13 @@ class Producer:
         rows = self._memory[at : at + count * shape.block_bytes]
         return Piece(group, first, count, at, rows.view(shape.layers, count, shape.heads, shape.row_bytes))
 
-    def _written(self, lease: Lease[Piece], piece: Piece) -> None:
+    def _written(self, lease: Lease[Piece], piece: Piece, well: bool) -> None:
         with self._lock:
             lease.writers -= 1
-        self._publish(lease, piece)
+        if well:
+            self._publish(lease, piece)
+        elif self.table.held.get(lease.key) is lease:
+            self.end(lease.key, "copy_failed")
 
     def _publish(self, lease: Lease[Piece], piece: Piece) -> None:
         if self.table.held.get(lease.key) is not lease:  # it has ended; the key may be another's by now
@@ -222,8 +231,9 @@ class Producer:
             lease = self.table.close(key)
         if lease is None:
             return
-        for subscriber in lease.subscribers.values():
+        for subscriber in list(lease.subscribers.values()):  # one that is gone is forgotten meanwhile
             if not subscriber.ended:
+                self._drop_queued(*subscriber.id)
                 self._tell(subscriber, wire.Refused(subscriber.id[1], reason))
         self._emit(wire.Closed(key, reason, lease.sent, lease.early))
         self._grant()
@@ -319,8 +329,17 @@ class Producer:
     def _end_session(self, session: _Session) -> None:
         session.queue.clear()
         session.sender.close()
+        self._forget(session)
+
+    def _forget(self, session: _Session) -> None:
+        """Its subscriptions hold memory no longer; not yet, if it may still read."""
+        reads_on = session.sender.outlives
         with self._lock:
-            self.table.forget_consumer(session.consumer, session.sender.outlives)
+            self.table.forget_consumer(session.consumer, reads_on)
+        if reads_on:
+            self._departed[session.consumer] = session
+        else:
+            self._departed.pop(session.consumer, None)
 
     # --- messages ---
 
@@ -393,6 +412,9 @@ class Producer:
                 continue
             if last is not None:
                 self._end_session(last)
+            with self._lock:  # who starts over has closed what it read
+                self.table.forget_consumer(hello.consumer, reads_on=False)
+            self._departed.pop(hello.consumer, None)
             session = _Session(address, hello.consumer, hello.session, hello.name, sender)
             session.heard = time.monotonic()
             self._sessions[hello.consumer] = session
@@ -406,12 +428,17 @@ class Producer:
             session.sender.add_lane(address)
 
     def _subscribe(self, session: _Session, message: wire.Subscribe) -> None:
+        if not 0 <= message.deadline_s <= MAX_DEADLINE_S:
+            return self._send(session, wire.Refused(message.sub, "bad_deadline"))
         if message.epoch != self._epoch:
             log.warning("kv_stale_epoch", extra={"peer": session.name, "security": True})
             return self._send(session, wire.Refused(message.sub, "stale_epoch"))
         if not self.table.knows(message.key) and len(self.table.early) >= MAX_EARLY:
             return self._send(session, wire.Refused(message.sub, "overloaded"))
-        until = time.monotonic() + max(0.0, message.deadline_s)
+        if message.sub in session.subscriptions:
+            log.warning("kv_subscription_repeated", extra={"peer": session.name})
+            return None
+        until = time.monotonic() + message.deadline_s
         wants = {want.group: want for want in message.wants}
         subscriber = Subscriber((session.consumer, message.sub), wants, message.heads, until)
         session.subscriptions[message.sub] = message.key
@@ -421,12 +448,19 @@ class Producer:
         return None
 
     def _ended(self, session: _Session, key: wire.Key, sub: int) -> None:
-        session.subscriptions.pop(sub, None)
-        session.queue = deque(parcel for parcel in session.queue if parcel.sub != sub)
+        if session.subscriptions.get(sub) != key:  # forged: it would end one and forget another
+            return
+        del session.subscriptions[sub]
+        self._drop_queued(session.consumer, sub)
         if self.table.end_subscriber(key, (session.consumer, sub)):
             self.end(key, "done")
         elif self.table.closing:
             self._grant()
+
+    def _drop_queued(self, consumer: bytes, sub: int) -> None:
+        """What waits for the window lies in memory that may have another owner when the window moves on."""
+        if (session := self._sessions.get(consumer)) is not None:
+            session.queue = deque(parcel for parcel in session.queue if parcel.sub != sub)
 
     def _tick(self) -> None:
         expired, lapsed = self.table.overdue()
@@ -436,12 +470,15 @@ class Producer:
         for subscriber in lapsed:
             self._tell(subscriber, wire.Refused(subscriber.id[1], "unknown_ticket"))
         self._look_after_silent()
+        for session in list(self._departed.values()):
+            self._forget(session)
         if self.table.closing:
             self._grant()
 
     def _look_after_silent(self) -> None:
         """Send something to consumers that wait in silence: ZMQ knows whether they are still connected."""
-        limit = time.monotonic() - SILENCE_S
+        now = time.monotonic()
         for session in list(self._sessions.values()):
-            if session.subscriptions and session.heard < limit:
+            if now - session.heard > (SILENCE_S if session.subscriptions else IDLE_S):
+                session.heard = session.heard if session.subscriptions else now
                 self._send(session, wire.Alive(()))

@@ -243,6 +243,7 @@ class Load(_Msg, frozen=True, tag="load"):
     """Server to consumer: fetch these blocks of ``key`` into these cache blocks, from every source.
 
     Until ``Loaded`` or ``Failed`` the consumer owns the cache blocks; after either it never writes them.
+    ``block_size``: tokens of the producer's blocks, 0 if unknown: of this engine's size.
     """
 
     key: Key
@@ -252,6 +253,7 @@ class Load(_Msg, frozen=True, tag="load"):
     chain: bytes
     spans: tuple[Span, ...]
     deadline_s: float
+    block_size: int = 0
 
 
 class Unload(_Msg, frozen=True, tag="unload"):

@@ -6,7 +6,8 @@ producer takes the first that works for both, and the consumer opens its half (i
 again without that offer).
 
 To add one: implement :class:`ProducerTransport` with its :class:`Sender` and :class:`ConsumerTransport` with
-its :class:`Receiver`, and name it in :mod:`kvtransfer.transport.select`. All methods run on the end's loop;
+its :class:`Receiver`, over what the ends lend (:class:`ProducerSide`, :class:`ConsumerSide`), and name it in
+:mod:`kvtransfer.transport.select`. All methods run on the end's loop;
 none may block it.
 """
 
@@ -14,11 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import zmq
 
 from kvtransfer import wire
+from kvtransfer.arena import Arena
+from kvtransfer.loop import Loop
+
+Socket = zmq.Socket[bytes]
 
 
 class Unavailable(Exception):
@@ -115,6 +120,39 @@ class Receiver(Protocol):
 
     def close(self) -> None:
         """The session has ended; nothing is delivered afterwards. Idempotent."""
+
+
+@runtime_checkable
+class Meets(Protocol):
+    """A half of a session (Sender or Receiver) that takes ``Rendezvous`` messages of the other one."""
+
+    def told(self, name: str, value: bytes) -> None:
+        """The other half has said this."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProducerSide:
+    """What a producer lends its transports. ``socket``: the ROUTER of all control lanes."""
+
+    loop: Loop
+    socket: Socket
+    arena: Arena
+
+
+@dataclass(frozen=True, slots=True)
+class ConsumerSide:
+    """What a consumer lends its transports.
+
+    Attributes:
+        consumer: its id.
+        connect: opens and registers a further connection to an endpoint; returns it and what closes it.
+        send: sends a message on an endpoint's control lane.
+    """
+
+    loop: Loop
+    consumer: bytes
+    connect: Callable[[str], tuple[Socket, Callable[[], None]]]
+    send: Callable[[str, wire.Data], None]
 
 
 Deliver = Callable[[wire.Blocks, Any], None]

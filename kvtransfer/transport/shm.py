@@ -7,6 +7,9 @@ producer puts a random number into its arena, and only who finds it there has th
 
 from __future__ import annotations
 
+import os
+import select
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,14 +24,32 @@ from kvtransfer.transport import Broken, Deliver, Parcel, Unavailable
 Socket = zmq.Socket[bytes]
 
 
+class Process:
+    """A process of this host, which stays itself when its number is given to another."""
+
+    def __init__(self, pid: int) -> None:
+        """Raises OSError if there is none."""
+        self._fd = os.pidfd_open(pid)
+        weakref.finalize(self, os.close, self._fd)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it has not ended; one that is stopped has not."""
+        return not select.select([self._fd], [], [], 0)[0]
+
+
 class ShmSender:
     """See :class:`kvtransfer.transport.Sender`."""
 
-    outlives = False  # on one host a lost connection is the process's end
-
-    def __init__(self, socket: Socket, address: bytes) -> None:
+    def __init__(self, socket: Socket, address: bytes, reader: Process) -> None:
         self._socket = socket
         self._address = address
+        self._reader = reader
+
+    @property
+    def outlives(self) -> bool:
+        """A process that stands still loses its connection, not its map."""
+        return self._reader.alive
 
     def send(self, parcel: Parcel, digest: int) -> None:
         piece = parcel.piece
@@ -49,7 +70,11 @@ class ShmProducer:
         self._arena = arena
 
     def accept(self, hello: wire.Hello, offer: bytes, address: bytes) -> tuple[ShmSender, bytes]:
-        return ShmSender(self._socket, address), msgspec.msgpack.encode(self._arena.ref)
+        try:
+            reader = Process(msgspec.msgpack.decode(offer, type=int))
+        except (msgspec.DecodeError, OSError, OverflowError) as error:
+            raise Unavailable(f"shm: {error}") from None
+        return ShmSender(self._socket, address, reader), msgspec.msgpack.encode(self._arena.ref)
 
     def close(self) -> None:
         """The arena is the producer's."""
@@ -84,7 +109,7 @@ class ShmConsumer:
         self._maps: dict[str, tuple[ArenaRef, memoryview]] = {}
 
     def offer(self) -> bytes:
-        return b""
+        return msgspec.msgpack.encode(os.getpid())
 
     def open(self, welcome: wire.Welcome, endpoint: str, deliver: Deliver, broken: Broken) -> ShmReceiver:
         try:

@@ -110,7 +110,7 @@ class ZmqConsumer:
         return msgspec.msgpack.encode(Terms(self._lanes))
 
     def open(self, welcome: wire.Welcome, endpoint: str, deliver: Deliver, broken: Broken) -> ZmqReceiver:
-        lanes = _terms(welcome.data).lanes
+        lanes = min(_terms(welcome.data).lanes, self._lanes)
         closers = []
         for _ in range(1, lanes if lanes > 1 else 1):
             socket, close = self._connect(endpoint)

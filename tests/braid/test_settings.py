@@ -95,3 +95,10 @@ def test_other_addresses_do(endpoint: str) -> None:
 def test_an_open_endpoint_is_allowed_with_keys(tmp_path: Path) -> None:
     settings = parse("prefill", "--model", "m", "--kv-bind", "tcp://0.0.0.0:*", "--keys-dir", str(tmp_path))
     assert settings.keys_dir == tmp_path
+
+
+def test_a_transport_without_encryption_is_refused_beside_keys_unless_wanted(tmp_path: Path) -> None:
+    flags = ["--model", "m", "--keys-dir", str(tmp_path), "--kv-transports", "nixl,zmq"]
+    with pytest.raises(cli.UsageError, match="kv_plaintext"):
+        parse("decode", *flags)
+    assert parse("decode", *flags, "--kv-plaintext").kv_transports == ("nixl", "zmq")

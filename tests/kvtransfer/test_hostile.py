@@ -1,22 +1,32 @@
-"""Frames that no honest end sends: neither end writes a wrong byte or stops."""
+"""Frames that no honest end sends: neither end writes a wrong byte, stops, or calls another's load off."""
 
 from __future__ import annotations
 
+import logging
 import os
-import signal
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
 import pytest
 import torch
-import zmq
 
 from kvtransfer import wire
-from tests.kvtransfer.ends import DEADLINE_S, EPOCH, ConsumerEnd, Pair, contents, make_cache, make_key, same
+from kvtransfer.transport.zmq import Terms
+from tests.kvtransfer.ends import (
+    BLOCK_BYTES,
+    EPOCH,
+    HEADS,
+    ConsumerEnd,
+    Pair,
+    contents,
+    make_cache,
+    make_key,
+    same,
+)
+from tests.kvtransfer.raw import SHAPES, RawConsumer, RawProducer
 
+Logged = Callable[[str], list[logging.LogRecord]]
 KEY = make_key()
 OURS = (3, 4, 5)
 """Cache blocks of the load under attack."""
@@ -25,37 +35,14 @@ GARBAGE = [
     [b"\xff" * 50],
     [b"\x81\xa1t\xa3blk"],
     [os.urandom(1000)],
-    [wire.encode(wire.Done(KEY))],
-    [wire.encode(wire.Subscribe(KEY, EPOCH, "x", 0))],
+    [wire.encode(wire.Done(KEY, 1))],
+    [wire.encode(wire.Lane(b"", -1))],
     [wire.encode(wire.Stat())],
-    [msgspec.msgpack.encode({"t": "blk", "key": {"id": b"", "attempt": 1}, "first": 0, "count": 2**64 - 1})],
+    [wire.encode(wire.Ack(1, -(2**63)))],
+    [msgspec.msgpack.encode({"t": "blk", "sub": 2**64 - 1, "group": 0, "first": 0, "count": 2**64 - 1})],
     [b"\x91" * 10_000],
     [b""] * 100,
 ]
-
-
-class RawProducer:
-    """A socket that says what it is told to, where a producer should be."""
-
-    def __init__(self) -> None:
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._socket = self._context.socket(zmq.ROUTER)
-        self._socket.setsockopt(zmq.RCVTIMEO, int(DEADLINE_S * 1000))
-        port = self._socket.bind_to_random_port("tcp://127.0.0.1")
-        self.endpoint = f"tcp://127.0.0.1:{port}"
-        self._peer = b""
-
-    def expect(self, kind: type[wire.Data]) -> wire.Data:
-        while True:
-            self._peer, frame = self._socket.recv_multipart()
-            if isinstance(message := wire.decode_data(frame), kind):
-                return message
-
-    def say(self, *frames: bytes) -> None:
-        self._socket.send_multipart([self._peer, *frames])
-
-    def close(self) -> None:
-        self._context.destroy(linger=0)
 
 
 @pytest.fixture
@@ -69,49 +56,55 @@ def raw() -> Iterator[RawProducer]:
 def d() -> Iterator[ConsumerEnd]:
     d = ConsumerEnd()
     yield d
+    d.call(d.end.check_integrity)
     assert d.call(d.end.stats) == wire.Stats()
     d.close()
 
 
-def manifest(d: ConsumerEnd, key: wire.Key = KEY, **changes: Any) -> bytes:
-    honest = wire.Manifest(key, EPOCH, 12, b"chain", "fp", d.cache.block_bytes)
-    return wire.encode(msgspec.structs.replace(honest, **changes))
+def manifest(sub: int, **changes: Any) -> wire.Manifest:
+    honest = wire.Manifest(sub, EPOCH, 12, b"chain", "fp", SHAPES)
+    return msgspec.structs.replace(honest, **changes)
 
 
-def blocks(first: int, count: int, key: wire.Key = KEY) -> bytes:
-    return wire.encode(wire.Blocks(key, first, count))
+def blocks(sub: int, first: int, count: int, **changes: Any) -> wire.Blocks:
+    honest = wire.Blocks(sub, 0, first, count, min(max(count, 0) * BLOCK_BYTES, 2**63 - 1))
+    return msgspec.structs.replace(honest, **changes)
 
 
-def start(d: ConsumerEnd, raw: RawProducer, key: wire.Key = KEY) -> None:
+def start(d: ConsumerEnd, raw: RawProducer, key: wire.Key = KEY) -> int:
+    """Begin a load of three blocks; returns its subscription."""
     d.load(key, raw.endpoint, OURS)
-    raw.expect(wire.Subscribe)
+    raw.welcome()
+    return raw.expect(wire.Subscribe).sub
 
 
-def test_garbage_does_not_disturb_a_load(d: ConsumerEnd, raw: RawProducer) -> None:
-    start(d, raw)
+def test_garbage_does_not_disturb_a_load(d: ConsumerEnd, raw: RawProducer, logged: Logged) -> None:
+    sub = start(d, raw)
     source = make_cache(fill=True)
-    raw.say(manifest(d))
+    raw.say(manifest(sub))
     for frames in GARBAGE:
-        raw.say(*frames)
-    raw.say(blocks(0, 3), source.gather([1, 2, 3]).numpy().tobytes())
+        raw.say_raw(*frames)
+    raw.say(blocks(sub, 0, 3), source.take([1, 2, 3]).numpy().tobytes())
     d.events.expect(wire.Loaded, KEY)
-    assert same(source, [1, 2, 3], d.cache, list(OURS))
+    assert same(source, [1, 2, 3], d.cache, OURS)
+    assert len(logged("kv_malformed_message")) == len(GARBAGE)
 
 
 @pytest.mark.parametrize(
     ("first", "count", "payloads"),
     [
         (0, 3, []),
-        (0, 1, [b"x" * 512, b"x" * 512]),
-        (0, 1, [b"x" * 511]),
-        (0, 1, [b"x" * 1024]),
+        (0, 1, [bytes(BLOCK_BYTES)] * 2),
+        (0, 1, [bytes(BLOCK_BYTES - 1)]),
+        (0, 1, [bytes(BLOCK_BYTES * 2)]),
         (0, 3, [b""]),
-        (0, 4, [b"x" * 2048]),
-        (1, 1, [b"x" * 512]),
-        (-1, 2, [b"x" * 1024]),
+        (0, 4, [bytes(BLOCK_BYTES * 4)]),
+        (-1, 2, [bytes(BLOCK_BYTES * 2)]),
+        (3, 1, [bytes(BLOCK_BYTES)]),
         (0, 0, [b""]),
         (0, -1, [b""]),
-        (0, 2**62, [b"x" * 512]),
+        (0, 2**62, [bytes(BLOCK_BYTES)]),
+        (-(2**62), 2**63 - 1, [bytes(BLOCK_BYTES)]),
         (2**63 - 1, 2**63 - 1, [b"x"]),
     ],
 )
@@ -119,50 +112,117 @@ def test_blocks_that_do_not_fit_end_the_load_and_write_nothing(
     d: ConsumerEnd, raw: RawProducer, first: int, count: int, payloads: list[bytes]
 ) -> None:
     before = contents(d.cache)
-    start(d, raw)
-    raw.say(manifest(d), b"a manifest has no payload")
-    raw.say(blocks(first, count), *payloads)
-    assert d.events.expect(wire.Failed, KEY).reason in ("malformed", "out_of_range", "wrong_length")
+    sub = start(d, raw)
+    raw.say(manifest(sub), b"a manifest has no payload")
+    raw.say(blocks(sub, first, count), *(b"x" * len(payload) for payload in payloads))
+    assert d.events.expect(wire.Failed, KEY).reason in ("out_of_range", "wrong_length")
     assert torch.equal(contents(d.cache), before)
 
 
-def test_blocks_before_a_manifest_are_refused(d: ConsumerEnd, raw: RawProducer) -> None:
-    start(d, raw)
-    raw.say(blocks(0, 1), bytes(512))
-    assert d.events.expect(wire.Failed, KEY).reason == "out_of_range"
+@pytest.mark.parametrize(
+    "changes", [{"nbytes": 1}, {"nbytes": -1}, {"nbytes": 2**64 - 1}, {"group": 1}, {"group": -1}]
+)
+def test_a_header_that_contradicts_its_payload_ends_the_load(
+    d: ConsumerEnd, raw: RawProducer, changes: dict[str, int]
+) -> None:
+    sub = start(d, raw)
+    raw.say(manifest(sub))
+    raw.say(blocks(sub, 0, 1, **changes), b"x" * BLOCK_BYTES)
+    assert d.events.expect(wire.Failed, KEY).reason in ("out_of_range", "wrong_length")
+    assert not contents(d.cache).any()
+
+
+def test_corrupt_blocks_end_the_load_and_are_not_counted(
+    d: ConsumerEnd, raw: RawProducer, logged: Logged
+) -> None:
+    sub = start(d, raw)
+    raw.say(manifest(sub))
+    raw.say(blocks(sub, 0, 1, digest=12345), b"x" * BLOCK_BYTES)
+    assert d.events.expect(wire.Failed, KEY).reason == "corrupt"
+    assert not contents(d.cache).any()
+    assert logged("kv_digest_mismatch")
+
+
+def test_blocks_before_a_manifest_wait_for_it(d: ConsumerEnd, raw: RawProducer) -> None:
+    """They may overtake it on another lane."""
+    sub = start(d, raw)
+    raw.say(blocks(sub, 0, 3), b"x" * 3 * BLOCK_BYTES)
+    _pass_through(d, raw)
+    assert not contents(d.cache)[:, list(OURS)].any()
+    raw.say(manifest(sub))
+    d.events.expect(wire.Loaded, KEY)
+    assert contents(d.cache)[:, list(OURS)].all()
+
+
+@pytest.mark.parametrize("changes", [{"chain": b"other"}, {"shapes": ()}, {"codec": "unknown"}, {"epoch": 8}])
+def test_blocks_before_a_manifest_that_is_refused_are_not_written(
+    d: ConsumerEnd, raw: RawProducer, changes: dict[str, object]
+) -> None:
+    sub = start(d, raw)
+    raw.say(blocks(sub, 0, 3), b"x" * 3 * BLOCK_BYTES)
+    raw.say(manifest(sub, **changes))
+    d.events.expect(wire.Failed, KEY)
+    assert not contents(d.cache).any()
+
+
+def test_more_blocks_than_wanted_before_the_manifest_end_the_load_once(
+    d: ConsumerEnd, raw: RawProducer
+) -> None:
+    sub = start(d, raw)
+    for _ in range(3):
+        raw.say(blocks(sub, 0, 3), b"x" * 3 * BLOCK_BYTES)
+    raw.say(manifest(sub))
+    d.events.expect(wire.Loaded, KEY)
+    _pass_through(d, raw)
+    assert d.events.of(wire.Failed, KEY) == []
 
 
 def test_blocks_sent_twice_are_refused(d: ConsumerEnd, raw: RawProducer) -> None:
-    start(d, raw)
-    raw.say(manifest(d))
-    raw.say(blocks(0, 2), bytes(1024))
-    raw.say(blocks(1, 2), b"x" * 1024)
+    sub = start(d, raw)
+    raw.say(manifest(sub))
+    raw.say(blocks(sub, 0, 2), bytes(2 * BLOCK_BYTES))
+    raw.say(blocks(sub, 1, 2), b"x" * 2 * BLOCK_BYTES)
     assert d.events.expect(wire.Failed, KEY).reason == "out_of_range"
     assert not contents(d.cache).any()
 
 
 def test_blocks_of_a_load_that_failed_are_not_written(d: ConsumerEnd, raw: RawProducer) -> None:
-    start(d, raw)
-    raw.say(manifest(d, chain=b"other"))
-    raw.say(manifest(d))
-    raw.say(blocks(0, 3), b"x" * 1536)
-    raw.expect(wire.Drop)
-    _next_load_is_served(d, raw)
+    sub = start(d, raw)
+    raw.say(manifest(sub, chain=b"other"))
+    raw.say(manifest(sub))
+    raw.say(blocks(sub, 0, 3), b"x" * 3 * BLOCK_BYTES)
+    assert raw.expect(wire.Drop) == wire.Drop(KEY, sub)
+    _pass_through(d, raw)
     assert d.events.expect(wire.Failed, KEY).reason == "prompt_mismatch"
     assert not contents(d.cache)[:, list(OURS)].any()
 
 
-def test_another_producer_cannot_write_a_load(d: ConsumerEnd, raw: RawProducer) -> None:
+def test_blocks_of_a_load_before_are_not_the_next_ones(d: ConsumerEnd, raw: RawProducer) -> None:
+    old = start(d, raw)
+    raw.say(manifest(old))
+    d.unload(KEY)
+    d.load(KEY, raw.endpoint, OURS)
+    new = raw.expect(wire.Subscribe).sub
+    raw.say(manifest(new))
+    raw.say(blocks(old, 0, 3), b"o" * 3 * BLOCK_BYTES)
+    raw.say(blocks(new, 0, 1), b"n" * BLOCK_BYTES)
+    raw.say(blocks(new, 1, 2), b"n" * 2 * BLOCK_BYTES)
+    d.events.expect(wire.Loaded, KEY)
+    assert (contents(d.cache)[:, list(OURS)] == ord("n")).all()
+
+
+def test_another_producer_cannot_write_or_end_a_load(d: ConsumerEnd, raw: RawProducer) -> None:
     other, its_key = RawProducer(), make_key(2)
     try:
-        start(d, raw)
+        sub = start(d, raw)
         d.load(its_key, other.endpoint, (7,), tokens=4)
-        other.expect(wire.Subscribe)
-        other.say(manifest(d))
-        other.say(blocks(0, 3), b"x" * 1536)
-        other.say(wire.encode(wire.Refused(KEY, "forged")))
-        other.say(manifest(d, its_key, tokens=4))
-        other.say(blocks(0, 1, its_key), b"y" * 512)
+        other.welcome()
+        its_sub = other.expect(wire.Subscribe).sub
+        other.say(manifest(sub))
+        other.say(blocks(sub, 0, 3), b"x" * 3 * BLOCK_BYTES)
+        other.say(wire.Refused(sub, "forged"))
+        other.say(manifest(its_sub, tokens=4))
+        other.say(blocks(its_sub, 0, 1), b"y" * BLOCK_BYTES)
         d.events.expect(wire.Loaded, its_key)
         assert not contents(d.cache)[:, list(OURS)].any()
         d.unload(KEY)
@@ -172,61 +232,38 @@ def test_another_producer_cannot_write_a_load(d: ConsumerEnd, raw: RawProducer) 
 
 
 def test_an_oversized_payload_costs_the_connection_not_the_consumer(d: ConsumerEnd, raw: RawProducer) -> None:
-    start(d, raw)
-    raw.say(manifest(d))
-    raw.say(blocks(0, 3), bytes(wire.MAX_PAYLOAD + 1))
-    assert d.events.expect(wire.Failed, KEY).reason == "disconnected"
-    assert not contents(d.cache).any()
+    sub = start(d, raw)
+    raw.say(manifest(sub))
+    raw.say(blocks(sub, 0, 3), bytes(wire.MAX_PAYLOAD + 1))
+    raw.welcome()  # the load is resumed
+    sub = raw.expect(wire.Subscribe).sub
+    raw.say(manifest(sub))
+    raw.say(blocks(sub, 0, 3), b"x" * 3 * BLOCK_BYTES)
+    assert d.events.expect(wire.Loaded, KEY).retries == 1
 
 
-def test_a_producer_killed_amid_a_transfer_fails_the_load(d: ConsumerEnd) -> None:
-    source = subprocess.Popen(
-        [sys.executable, "-c", HALF_A_PRODUCER, str(d.cache.block_bytes)], stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert source.stdout is not None
-        d.load(KEY, source.stdout.readline().strip(), OURS)
-        d.until(lambda: bool(contents(d.cache)[:, OURS[0]].any()))
-        source.send_signal(signal.SIGKILL)
-        assert d.events.expect(wire.Failed, KEY).reason == "disconnected"
-        assert not contents(d.cache)[:, OURS[1:]].any()
-    finally:
-        source.kill()
-        source.communicate()
+def test_a_welcome_that_was_not_asked_for_is_refused(d: ConsumerEnd, raw: RawProducer) -> None:
+    """Another session, a transport that was not offered, terms that are none: none of them begins one."""
+    d.load(KEY, raw.endpoint, OURS)
+    hello = raw.expect(wire.Hello)
+    raw.say(wire.Welcome(hello.session + 1, "zmq", b""))
+    raw.say(wire.Welcome(hello.session, "carrier pigeon", b""))
+    raw.say(wire.Welcome(raw.expect(wire.Hello).session, "shm", b"garbage"))
+    again = raw.expect(wire.Hello)
+    assert [name for name, _ in again.offers] == ["zmq"], "what did not work is not offered again"
+    raw.say(wire.Welcome(again.session, "zmq", b"garbage"))
+    assert raw.expect(wire.Hello).offers == ()
+    raw.say(wire.Refused(0, "no_transport"))
+    assert d.events.expect(wire.Failed, KEY).reason == "no_transport"
 
 
-HALF_A_PRODUCER = f"""
-import sys, zmq
-from kvtransfer import wire
-socket = zmq.Context().socket(zmq.ROUTER)
-print("tcp://127.0.0.1:%d" % socket.bind_to_random_port("tcp://127.0.0.1"), flush=True)
-size = int(sys.argv[1])
-peer, frame = socket.recv_multipart()
-key = wire.decode_data(frame).key
-socket.send_multipart([peer, wire.encode(wire.Manifest(key, {EPOCH}, 12, b"chain", "fp", size))])
-socket.send_multipart([peer, wire.encode(wire.Blocks(key, 0, 1)), b"x" * size])
-while True:
-    socket.recv_multipart()
-"""
-
-
-class RawConsumer:
-    """A socket that says what it is told to, where a consumer should be."""
-
-    def __init__(self, endpoint: str) -> None:
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._socket = self._context.socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.RCVTIMEO, int(DEADLINE_S * 1000))
-        self._socket.connect(endpoint)
-
-    def say(self, *frames: bytes) -> None:
-        self._socket.send_multipart(frames)
-
-    def hear(self) -> wire.Data:
-        return wire.decode_data(self._socket.recv_multipart()[0])
-
-    def close(self) -> None:
-        self._context.destroy(linger=0)
+def test_a_producer_does_not_choose_how_many_connections_there_are(d: ConsumerEnd, raw: RawProducer) -> None:
+    d.load(KEY, raw.endpoint, OURS)
+    raw.welcome(data=msgspec.msgpack.encode(Terms(2**62)))
+    sub = raw.expect(wire.Subscribe).sub
+    raw.say(manifest(sub))
+    raw.say(blocks(sub, 0, 3), b"x" * 3 * BLOCK_BYTES)
+    d.events.expect(wire.Loaded, KEY)
 
 
 @pytest.fixture
@@ -244,39 +281,123 @@ def _transfer_works(pair: Pair, key: wire.Key) -> None:
     assert same(pair.p.cache, [6], pair.d.cache, [6])
 
 
-def test_garbage_does_not_stop_a_producer(pair: Pair, stranger: RawConsumer) -> None:
+def test_garbage_does_not_stop_a_producer(pair: Pair, stranger: RawConsumer, logged: Logged) -> None:
     for frames in GARBAGE:
-        stranger.say(*frames)
-    stranger.say(manifest(pair.d), blocks(0, 1))
-    stranger.say(wire.encode(wire.Alive(tuple(make_key(n) for n in range(1000)))))
-    stranger.say(wire.encode(wire.Subscribe(make_key(5), EPOCH + 1, "x", 0)))
-    answer = stranger.hear()
-    assert isinstance(answer, wire.Refused)
-    assert answer.reason == "stale_epoch"
+        stranger.say_raw(*frames)
+    stranger.say(manifest(1), blocks(1, 0, 1), wire.Welcome(1, "zmq", b""), wire.Refused(0, "no_session"))
+    stranger.say(wire.Alive(tuple(make_key(n) for n in range(1000))))
+    stranger.subscribe(make_key(5), 1, 1, epoch=EPOCH + 1)
+    assert stranger.expect(wire.Refused) == wire.Refused(1, "stale_epoch")
     _transfer_works(pair, make_key(7))
+    assert len(logged("kv_malformed_message")) >= len(GARBAGE) - 3
+    assert len(logged("kv_unexpected_message")) == 4
+
+
+def test_a_stale_epoch_is_a_security_event(pair: Pair, logged: Logged) -> None:
+    pair.d.load(KEY, pair.endpoint, (1,), epoch=EPOCH - 1)
+    assert pair.d.events.expect(wire.Failed, KEY).reason == "stale_epoch"
+    (record,) = logged("kv_stale_epoch")
+    assert record.__dict__["security"]
+
+
+def test_without_a_session_nothing_is_served(pair: Pair) -> None:
+    pair.p.open(KEY, 1)
+    pair.p.publish(KEY, 0, [1])
+    nobody = RawConsumer(pair.endpoint, greet=False)
+    try:
+        nobody.subscribe(KEY, 1, 1)
+        nobody.say(wire.Done(KEY, 1), wire.Lane(b"x" * 16, 1))
+        nobody.subscribe(KEY, 2, 1)
+        for _ in range(3):
+            assert nobody.expect(wire.Refused) == wire.Refused(0, "no_session")
+        _transfer_works(pair, make_key(7))
+        assert pair.p.stats.leases == 1
+    finally:
+        nobody.close()
+    pair.p.call(lambda: pair.p.end.end(KEY, "cancelled"))
+
+
+def test_an_old_hello_does_not_replace_a_session(pair: Pair, stranger: RawConsumer) -> None:
+    stranger.greet(1)
+    assert stranger.expect(wire.Refused) == wire.Refused(0, "stale_session")
+    stranger.greet(2)
+    assert stranger.expect(wire.Welcome).session == 2
+
+
+def test_only_offered_transports_are_agreed(pair: Pair) -> None:
+    stranger = RawConsumer(pair.endpoint, greet=False, offers=("carrier pigeon",))
+    try:
+        stranger.greet(1)
+        assert stranger.expect(wire.Refused) == wire.Refused(0, "no_transport")
+    finally:
+        stranger.close()
 
 
 def test_a_strangers_end_does_not_end_anothers_lease(pair: Pair, stranger: RawConsumer) -> None:
     pair.d.load(KEY, pair.endpoint, (1, 2))
     pair.p.open(KEY, 2)
     pair.p.publish(KEY, 0, [1])
-    stranger.say(wire.encode(wire.Done(KEY)), wire.encode(wire.Drop(KEY)))
-    stranger.say(wire.encode(wire.Subscribe(make_key(5), EPOCH + 1, "x", 0)))
-    stranger.hear()
+    stranger.say(*(message(KEY, sub) for sub in range(5) for message in (wire.Done, wire.Drop)))
+    stranger.subscribe(make_key(5), 1, 1, epoch=EPOCH + 1)
+    stranger.expect(wire.Refused)
     pair.p.publish(KEY, 1, [2])
     pair.d.events.expect(wire.Loaded, KEY)
     assert same(pair.p.cache, [1, 2], pair.d.cache, [1, 2])
 
 
-@pytest.mark.parametrize("have", [-(2**63), -1, 2**63 - 1])
-def test_a_subscription_with_an_impossible_offset_is_harmless(
-    pair: Pair, stranger: RawConsumer, have: int
-) -> None:
-    pair.p.open(KEY, 1, subscribers=2)
+def test_a_subscription_ends_only_by_its_own_key_and_number(pair: Pair, stranger: RawConsumer) -> None:
+    """Else the producer forgets whom it serves, and keeps memory for who has left."""
+    pair.p.open(KEY, 1)
+    stranger.subscribe(KEY, 1, 1)
+    stranger.expect(wire.Manifest)
+    stranger.say(wire.Drop(make_key(2), 1), wire.Done(KEY, 2))
+    stranger.subscribe(make_key(2), 1, 1)
     pair.p.publish(KEY, 0, [1])
-    stranger.say(wire.encode(wire.Subscribe(KEY, EPOCH, "x", have)))
-    assert isinstance(stranger.hear(), wire.Manifest)
+    assert stranger.expect(wire.Blocks).sub == 1
+    assert not pair.p.end.table.early
+    stranger.say(wire.Done(KEY, 1))
+    assert pair.p.events.expect(wire.Closed, KEY).reason == "done"
+    pair.p.settle()
+
+
+WRONG: list[dict[str, object]] = [
+    {"wants": (wire.Want(0, first, count),)}
+    for first, count in [(-(2**63), 1), (-1, 1), (2**63 - 1, 2**63 - 1), (0, 2), (0, 0), (0, -1)]
+]
+WRONG += [{"wants": (wire.Want(group, 0, 1),)} for group in (-1, 1, 2**63)]
+WRONG += [{"heads": heads} for heads in [(0, 0), (-1, 1), (0, HEADS + 1), (1, 0), (2**63, 2**64 - 1)]]
+
+
+@pytest.mark.parametrize("changes", WRONG)
+def test_a_subscription_to_what_can_not_be_is_refused(
+    pair: Pair, stranger: RawConsumer, changes: dict[str, Any]
+) -> None:
+    pair.p.open(KEY, 1, subscribers=3)
+    pair.p.publish(KEY, 0, [1])
+    stranger.subscribe(KEY, 1, 1, **changes)
+    assert stranger.expect(wire.Refused) == wire.Refused(1, "bad_blocks")
     _transfer_works(pair, make_key(7))
+
+
+@pytest.mark.parametrize("deadline_s", [float("nan"), float("-inf"), -1.0])
+def test_a_deadline_that_has_passed_holds_no_memory(
+    pair: Pair, stranger: RawConsumer, deadline_s: float
+) -> None:
+    pair.p.open(KEY, 1)
+    stranger.subscribe(KEY, 1, 1, deadline_s=deadline_s)
+    stranger.expect(wire.Manifest)
+    pair.p.call(lambda: pair.p.end.end(KEY, "cancelled"))
+    pair.p.settle()
+
+
+def test_an_endless_deadline_ends_with_the_connection(pair: Pair, stranger: RawConsumer) -> None:
+    pair.p.open(KEY, 1)
+    stranger.subscribe(KEY, 1, 1, deadline_s=float("inf"))
+    stranger.expect(wire.Manifest)
+    pair.p.call(lambda: pair.p.end.end(KEY, "cancelled"))
+    assert pair.p.stats.staging_bytes == BLOCK_BYTES
+    stranger.close()
+    pair.p.settle()
 
 
 def test_early_subscriptions_are_bounded_and_do_not_shut_out_an_open_lease(
@@ -284,22 +405,22 @@ def test_early_subscriptions_are_bounded_and_do_not_shut_out_an_open_lease(
 ) -> None:
     monkeypatch.setattr("kvtransfer.producer.MAX_EARLY", 3)
     for n in range(100, 104):
-        stranger.say(wire.encode(wire.Subscribe(make_key(n), EPOCH, "x", 0)))
-    answer = stranger.hear()
-    assert answer == wire.Refused(make_key(103), "overloaded")
+        stranger.subscribe(make_key(n), n, 1)
+    assert stranger.expect(wire.Refused) == wire.Refused(103, "overloaded")
     assert len(pair.p.end.table.early) == 3
     _transfer_works(pair, make_key(7))
 
 
 def test_an_oversized_message_costs_the_stranger_its_connection(pair: Pair, stranger: RawConsumer) -> None:
-    stranger.say(bytes(wire.MAX_MESSAGE + 1))
+    stranger.say_raw(bytes(wire.MAX_MESSAGE + 1))
     _transfer_works(pair, make_key(7))
 
 
-def _next_load_is_served(d: ConsumerEnd, raw: RawProducer) -> None:
+def _pass_through(d: ConsumerEnd, raw: RawProducer) -> None:
+    """Another load on the connection: what was said before it has been heard before it ends."""
     key = make_key(50)
     d.load(key, raw.endpoint, (8,), tokens=4)
-    raw.expect(wire.Subscribe)
-    raw.say(manifest(d, key, tokens=4))
-    raw.say(blocks(0, 1, key), b"z" * 512)
+    sub = raw.expect(wire.Subscribe).sub
+    raw.say(manifest(sub, tokens=4))
+    raw.say(blocks(sub, 0, 1), b"z" * BLOCK_BYTES)
     d.events.expect(wire.Loaded, key)

@@ -1,128 +1,62 @@
-"""The table of leases under any order of events, and its rules one by one."""
+"""The rules of the table of leases, one by one."""
 
 from __future__ import annotations
 
-import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from dataclasses import dataclass
 
-from kvtransfer.lease import Lease, LeaseTable, Subscriber
-from kvtransfer.wire import Key, Manifest
+import pytest
+
+from kvtransfer.lease import Lease, LeaseTable, SubId, Subscriber
+from kvtransfer.wire import Key, Manifest, Want
 
 CAPACITY = 10
 LEASE_S = 5.0
 KEYS = [Key(bytes([n]), 1) for n in range(5)]
-ADDRESSES = [b"d0", b"d1", b"d2"]
-some_key = st.sampled_from(KEYS)
-some_address = st.sampled_from(ADDRESSES)
+NOW = 100.0
+
+
+@dataclass(frozen=True)
+class Piece:
+    first: int
+    last: int
+    group: int = 0
 
 
 class Clock:
-    now = 100.0
+    now = NOW
 
     def __call__(self) -> float:
         return self.now
 
 
-def make_lease(key: Key, blocks: int, expected: int = 1) -> Lease[str]:
-    return Lease(Manifest(key, 1, blocks, b"", "", 1), blocks, blocks, expected)
+class Memory:
+    """Bytes handed out by the table; it may lend one place twice only after it came back."""
+
+    def __init__(self, capacity: int = CAPACITY) -> None:
+        self.capacity = capacity
+        self.out: dict[int, int] = {}
+
+    def allocate(self, nbytes: int) -> int | None:
+        for at in range(self.capacity - nbytes + 1):
+            if all(at + nbytes <= other or at >= other + size for other, size in self.out.items()):
+                self.out[at] = nbytes
+                return at
+        return None
+
+    def free(self, at: int, nbytes: int) -> None:
+        assert self.out.pop(at) == nbytes
 
 
-class AnyOrder(RuleBasedStateMachine):
-    """Every call of the producer, in any order, against a plain model of who waits in which order."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.clock = Clock()
-        self.table: LeaseTable[str] = LeaseTable(CAPACITY, LEASE_S, self.clock)
-        self.queue: list[Key] = []
-        self.granted: list[Key] = []
-
-    @rule(key=some_key, blocks=st.integers(1, CAPACITY + 1), expected=st.integers(1, 3))
-    def open(self, key: Key, blocks: int, expected: int) -> None:
-        if key in self.queue or key in self.granted or blocks > CAPACITY:
-            with pytest.raises(ValueError, match=r"in use|over the staging bound"):
-                self.table.open(make_lease(key, blocks, expected))
-        else:
-            self.table.open(make_lease(key, blocks, expected))
-            self.queue.append(key)
-
-    @rule()
-    def grant(self) -> None:
-        granted = [lease.manifest.key for lease in self.table.grant()]
-        assert granted == self.queue[: len(granted)], "first come, first served"
-        del self.queue[: len(granted)]
-        self.granted += granted
-        if self.queue:
-            assert self.table.reserved + self.table.waiting[self.queue[0]].nbytes > CAPACITY
-
-    @rule(key=some_key, address=some_address, have=st.integers(0, 3))
-    def subscribe(self, key: Key, address: bytes, have: int) -> None:
-        lease = self.table.subscribe(key, Subscriber(address, have))
-        assert (lease is not None) == (key in self.granted)
-
-    @rule(key=some_key, count=st.integers(1, 4))
-    def publish(self, key: Key, count: int) -> None:
-        held = self.table.held.get(key)
-        if held is not None and held.published + count > held.blocks:
-            with pytest.raises(ValueError, match="does not follow"):
-                self.table.publish(key, held.published, count, "piece")
-        else:
-            first = held.published if held is not None else 0
-            assert self.table.publish(key, first, count, "piece") is held
-
-    @rule(key=some_key, address=some_address)
-    def end_subscriber(self, key: Key, address: bytes) -> None:
-        if self.table.end_subscriber(key, address):
-            self.close(key)
-
-    @rule(key=some_key)
-    def close(self, key: Key) -> None:
-        lease = self.table.close(key)
-        assert (lease is not None) == (key in self.queue or key in self.granted)
-        self._gone(key)
-
-    @rule(key=some_key)
-    def alive(self, key: Key) -> None:
-        self.table.alive(key)
-
-    @rule(seconds=st.floats(0, 2 * LEASE_S))
-    def tick(self, seconds: float) -> None:
-        self.clock.now += seconds
-        expired, _ = self.table.overdue()
-        for key in expired:
-            assert self.clock.now - self.table.held[key].heard > LEASE_S
-            self.table.close(key)
-            self._gone(key)
-
-    @precondition(lambda self: self.granted or self.queue)
-    @rule()
-    def subscriptions_do_not_outlive_lease_s_early(self) -> None:
-        self.clock.now += LEASE_S + 1
-        self.table.overdue()
-        assert not self.table.early
-
-    @invariant()
-    def adds_up(self) -> None:
-        self.table.check_integrity()
-        assert list(self.table.waiting) == self.queue
-        assert set(self.table.held) == set(self.granted)
-
-    def teardown(self) -> None:
-        for key in KEYS:
-            self.table.close(key)
-            self.table.check_integrity()
-        assert self.table.reserved == 0
-
-    def _gone(self, key: Key) -> None:
-        for keys in (self.queue, self.granted):
-            if key in keys:
-                keys.remove(key)
+def make_lease(key: Key, blocks: int, expected: int = 1) -> Lease[Piece]:
+    manifest = Manifest(0, 1, blocks, b"", "", ())
+    return Lease(key, manifest, {0: Want(0, 0, blocks)}, blocks, expected)
 
 
-AnyOrder.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
-TestAnyOrder = AnyOrder.TestCase
+def subscriber(id: SubId, first: int = 0, count: int = 1, until: float = NOW + 1000) -> Subscriber:
+    return Subscriber(id, {0: Want(0, first, count)}, (0, 1), until)
+
+
+D0, D1 = (b"d0", 1), (b"d1", 1)
 
 
 @pytest.fixture
@@ -131,55 +65,63 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def table(clock: Clock) -> LeaseTable[str]:
-    return LeaseTable(CAPACITY, LEASE_S, clock)
+def memory() -> Memory:
+    return Memory()
 
 
-def hold(table: LeaseTable[str], key: Key, blocks: int, expected: int = 1) -> Lease[str]:
+@pytest.fixture
+def table(clock: Clock, memory: Memory) -> LeaseTable[Piece]:
+    return LeaseTable(memory.allocate, memory.free, CAPACITY, LEASE_S, clock)
+
+
+def hold(table: LeaseTable[Piece], key: Key, blocks: int, expected: int = 1) -> Lease[Piece]:
     table.open(make_lease(key, blocks, expected))
     (lease,) = table.grant()
     return lease
 
 
-def test_a_small_lease_does_not_overtake_a_large_one(table: LeaseTable[str]) -> None:
+def test_a_small_lease_does_not_overtake_a_large_one(table: LeaseTable[Piece]) -> None:
     hold(table, KEYS[0], 6)
     table.open(make_lease(KEYS[1], 6))
     table.open(make_lease(KEYS[2], 1))
     assert table.grant() == []
     table.close(KEYS[0])
-    assert [lease.manifest.key for lease in table.grant()] == [KEYS[1], KEYS[2]]
+    assert table.reclaim()
+    assert [lease.key for lease in table.grant()] == [KEYS[1], KEYS[2]]
 
 
-def test_an_early_subscription_joins_the_lease_when_it_opens(table: LeaseTable[str]) -> None:
-    assert table.subscribe(KEYS[0], Subscriber(b"d0", 2)) is None
+def test_an_early_subscription_joins_the_lease_when_it_opens(table: LeaseTable[Piece]) -> None:
+    assert table.subscribe(KEYS[0], subscriber(D0, first=2)) is None
     lease = hold(table, KEYS[0], 3)
-    assert lease.subscribers[b"d0"].have == 2
+    assert lease.subscribers[D0].wants[0].first == 2
     assert not table.early
 
 
-def test_an_early_subscription_lapses(table: LeaseTable[str], clock: Clock) -> None:
-    table.subscribe(KEYS[0], Subscriber(b"d0", 0))
+def test_an_early_subscription_lapses(table: LeaseTable[Piece], clock: Clock) -> None:
+    table.subscribe(KEYS[0], subscriber(D0))
     clock.now += LEASE_S
     assert table.overdue() == ([], [])
     clock.now += 0.1
-    _, ((key, subscribers),) = table.overdue()
-    assert (key, subscribers[0].address) == (KEYS[0], b"d0")
+    _, (lapsed,) = table.overdue()
+    assert lapsed.id == D0
     assert table.overdue() == ([], [])
 
 
 def test_an_early_subscription_waits_as_long_as_its_subscriber_does(
-    table: LeaseTable[str], clock: Clock
+    table: LeaseTable[Piece], clock: Clock
 ) -> None:
-    table.subscribe(KEYS[0], Subscriber(b"d0", 0))
+    table.subscribe(KEYS[0], subscriber(D0))
     for _ in range(5):
         clock.now += LEASE_S - 1
         table.alive(KEYS[0])
         assert table.overdue() == ([], [])
 
 
-def test_a_complete_lease_expires_unless_a_subscriber_is_heard(table: LeaseTable[str], clock: Clock) -> None:
+def test_a_complete_lease_expires_unless_a_subscriber_is_heard(
+    table: LeaseTable[Piece], clock: Clock
+) -> None:
     hold(table, KEYS[0], 1)
-    table.publish(KEYS[0], 0, 1, "piece")
+    table.publish(KEYS[0], Piece(0, 1))
     for _ in range(3):
         clock.now += LEASE_S - 1
         table.alive(KEYS[0])
@@ -188,42 +130,100 @@ def test_a_complete_lease_expires_unless_a_subscriber_is_heard(table: LeaseTable
     assert table.overdue() == ([KEYS[0]], [])
 
 
-def test_a_lease_whose_prompt_is_never_finished_expires_too(table: LeaseTable[str], clock: Clock) -> None:
+def test_a_lease_whose_prompt_is_never_finished_expires_too(table: LeaseTable[Piece], clock: Clock) -> None:
     hold(table, KEYS[0], 2)
     clock.now += LEASE_S - 1
-    table.publish(KEYS[0], 0, 1, "piece")
+    table.publish(KEYS[0], Piece(0, 1))
     clock.now += LEASE_S - 1
     assert table.overdue() == ([], [])
     clock.now += 2
     assert table.overdue() == ([KEYS[0]], [])
 
 
-def test_a_lease_is_spent_when_every_expected_subscriber_has_ended(table: LeaseTable[str]) -> None:
+def test_a_lease_is_spent_when_every_expected_subscriber_has_ended(table: LeaseTable[Piece]) -> None:
     hold(table, KEYS[0], 1, expected=2)
-    for address in (b"d0", b"d1"):
-        table.subscribe(KEYS[0], Subscriber(address, 0))
-    assert not table.end_subscriber(KEYS[0], b"d0")
-    assert not table.end_subscriber(KEYS[0], b"d0"), "ending twice counts once"
-    assert table.end_subscriber(KEYS[0], b"d1")
+    for id in (D0, D1):
+        table.subscribe(KEYS[0], subscriber(id))
+    assert not table.end_subscriber(KEYS[0], D0)
+    assert not table.end_subscriber(KEYS[0], D0), "ending twice counts once"
+    assert table.end_subscriber(KEYS[0], D1)
 
 
-def test_a_stranger_does_not_spend_a_lease(table: LeaseTable[str]) -> None:
+def test_who_lost_its_connection_has_not_ended(table: LeaseTable[Piece]) -> None:
     hold(table, KEYS[0], 1)
-    assert not table.end_subscriber(KEYS[0], b"stranger")
+    table.subscribe(KEYS[0], subscriber(D0))
+    table.forget_consumer(b"d0", reads_on=False)
+    assert not table.end_subscriber(KEYS[0], D0)
+    table.subscribe(KEYS[0], subscriber((b"d0", 2)))
+    assert table.end_subscriber(KEYS[0], (b"d0", 2))
 
 
-def test_pieces_follow_each_other_without_gaps(table: LeaseTable[str]) -> None:
+def test_a_stranger_does_not_spend_a_lease(table: LeaseTable[Piece]) -> None:
+    hold(table, KEYS[0], 1)
+    assert not table.end_subscriber(KEYS[0], (b"stranger", 1))
+
+
+def test_pieces_follow_each_other_without_gaps(table: LeaseTable[Piece]) -> None:
     hold(table, KEYS[0], 3)
-    for first, count in ((1, 1), (0, 4)):
+    for first, last in ((1, 2), (0, 4)):
         with pytest.raises(ValueError, match="does not follow"):
-            table.publish(KEYS[0], first, count, "piece")
-    table.publish(KEYS[0], 0, 2, "piece")
+            table.publish(KEYS[0], Piece(first, last))
+    table.publish(KEYS[0], Piece(0, 2))
     with pytest.raises(ValueError, match="does not follow"):
-        table.publish(KEYS[0], 0, 2, "piece")
+        table.publish(KEYS[0], Piece(0, 2))
 
 
-def test_closing_is_idempotent_and_gives_the_room_back(table: LeaseTable[str]) -> None:
+def test_a_subscription_is_fed_what_it_wants_once(table: LeaseTable[Piece]) -> None:
+    lease = hold(table, KEYS[0], 8)
+    s = subscriber(D0, first=3, count=3)
+    table.subscribe(KEYS[0], s)
+    for piece in (Piece(0, 2), Piece(2, 4)):
+        table.publish(KEYS[0], piece)
+    assert lease.next_parcels(s) == [(Piece(2, 4), 1)]
+    assert lease.next_parcels(s) == []
+    for piece in (Piece(4, 6), Piece(6, 8)):
+        table.publish(KEYS[0], piece)
+    assert lease.next_parcels(s) == [(Piece(4, 6), 0)]
+
+
+def test_closing_is_idempotent_and_gives_the_room_back(table: LeaseTable[Piece]) -> None:
     lease = hold(table, KEYS[0], CAPACITY)
     assert table.close(KEYS[0]) is lease
     assert table.close(KEYS[0]) is None
+    assert table.reclaim()
+    assert not table.reclaim()
     assert table.reserved == 0
+
+
+def test_memory_stays_while_somebody_may_read_it(table: LeaseTable[Piece], clock: Clock) -> None:
+    hold(table, KEYS[0], 1)
+    table.subscribe(KEYS[0], subscriber(D0, until=clock.now + 3))
+    table.close(KEYS[0])
+    assert not table.reclaim()
+    table.forget_consumer(b"d0", reads_on=True)
+    assert not table.reclaim(), "it reads on without a connection"
+    clock.now += 2.9
+    assert not table.reclaim()
+    clock.now += 0.1
+    assert table.reclaim()
+
+
+@pytest.mark.parametrize("how", ["ended", "forgotten"])
+def test_memory_comes_back_when_the_last_reader_has_ended(table: LeaseTable[Piece], how: str) -> None:
+    hold(table, KEYS[0], 1)
+    table.subscribe(KEYS[0], subscriber(D0))
+    table.close(KEYS[0])
+    if how == "ended":
+        table.end_subscriber(KEYS[0], D0)
+    else:
+        table.forget_consumer(b"d0", reads_on=False)
+    assert table.reclaim()
+
+
+def test_memory_stays_while_somebody_writes_it(table: LeaseTable[Piece]) -> None:
+    lease = hold(table, KEYS[0], 1)
+    lease.writers += 1
+    table.close(KEYS[0])
+    assert not table.reclaim()
+    lease.writers -= 1
+    assert table.reclaim()

@@ -45,6 +45,7 @@ def test_calls_made_before_the_start_are_run(loop: Loop) -> None:
     assert done.wait(DEADLINE_S)
 
 
+@pytest.mark.callbacks_may_fail
 def test_a_callback_that_raises_does_not_end_the_loop(loop: Loop) -> None:
     done = threading.Event()
     ticks = iter([ZeroDivisionError, None])
@@ -60,6 +61,7 @@ def test_a_callback_that_raises_does_not_end_the_loop(loop: Loop) -> None:
     assert done.wait(DEADLINE_S)
 
 
+@pytest.mark.callbacks_may_fail
 def test_a_handler_that_raises_does_not_end_the_loop(loop: Loop) -> None:
     with zmq.Context() as context:
         inside, outside = _pipe(context)
@@ -80,6 +82,26 @@ def test_a_handler_that_raises_does_not_end_the_loop(loop: Loop) -> None:
         assert got == [b"1", b"2"]
         loop.stop()
         outside.close(linger=0)
+
+
+@pytest.mark.callbacks_may_fail
+def test_what_is_polled_is_called_while_it_is_busy_and_may_raise(loop: Loop) -> None:
+    turns: list[bool] = []
+    done = threading.Event()
+
+    def poll() -> bool:
+        turns.append(len(turns) < 50)
+        if len(turns) == 20:
+            raise RuntimeError("once")
+        if not turns[-1]:
+            done.set()
+        return turns[-1]
+
+    loop.every_turn(lambda: not done.is_set())
+    loop.every_turn(poll)
+    loop.start()
+    assert done.wait(DEADLINE_S)
+    loop.stop()
 
 
 def test_stop_runs_what_was_queued_and_closes_the_sockets() -> None:

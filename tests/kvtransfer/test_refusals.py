@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import pytest
 import torch
 
 from kvtransfer import wire
-from tests.kvtransfer.ends import BLOCKS, EPOCH, Pair, contents, make_key, same
+from tests.kvtransfer.ends import (
+    BLOCK_BYTES,
+    BLOCKS,
+    EPOCH,
+    HEADS,
+    ROW_BYTES,
+    Pair,
+    contents,
+    make_cache,
+    make_key,
+    same,
+)
 
 KEY = make_key()
+
+
+@pytest.fixture(params=["shm", "zmq"])
+def pair(make_pair: Callable[..., Pair], request: pytest.FixtureRequest) -> Pair:
+    return make_pair(transports=[request.param], piece_bytes=BLOCK_BYTES)
 
 
 def refused(pair: Pair, **changes: object) -> str:
@@ -39,9 +56,19 @@ def test_a_load_that_expects_something_else_is_refused(
     assert refused(pair, **changes) == reason
 
 
-def test_blocks_of_another_size_are_refused(pair: Pair) -> None:
-    pair.d = pair.consumer(layers=3)
-    assert refused(pair) == "layout"
+@pytest.mark.parametrize(
+    "ours",
+    [
+        {"layers": 3},
+        {"row_bytes": ROW_BYTES // 2},
+        {"row_bytes": ROW_BYTES * 2},
+        {"groups": 2},
+        {"heads": HEADS + 1},
+    ],
+)
+def test_a_cache_of_another_shape_is_refused(pair: Pair, ours: dict[str, int]) -> None:
+    pair.d = pair.consumer(cache=make_cache(fill=False, **ours))
+    assert refused(pair) in ("layout", "bad_blocks")
 
 
 def test_a_refused_consumer_ends_its_part_of_the_lease(pair: Pair) -> None:
@@ -53,6 +80,35 @@ def test_a_refused_consumer_ends_its_part_of_the_lease(pair: Pair) -> None:
 def test_blocks_outside_of_the_cache_are_refused(pair: Pair, blocks: tuple[int, ...]) -> None:
     pair.d.load(KEY, pair.endpoint, blocks)
     assert pair.d.events.expect(wire.Failed, KEY).reason == "bad_blocks"
+
+
+@pytest.mark.parametrize(("first", "last", "put"), [(0, 0, 0), (-1, 1, 0), (0, 1, -1), (0, 1, 2), (0, 3, 0)])
+def test_heads_outside_of_the_cache_are_refused(pair: Pair, first: int, last: int, put: int) -> None:
+    pair.d.load(KEY, "", (1,), sources=(wire.Source(pair.endpoint, EPOCH, first, last, put),))
+    assert pair.d.events.expect(wire.Failed, KEY).reason == "bad_blocks"
+
+
+@pytest.mark.parametrize("changes", [{"sources": ()}, {"spans": (wire.Span(1, 0, (1,)),)}])
+def test_a_load_from_nowhere_or_of_another_group_is_refused(pair: Pair, changes: dict[str, object]) -> None:
+    pair.d.load(KEY, pair.endpoint, (1,), **changes)
+    assert pair.d.events.expect(wire.Failed, KEY).reason == "bad_blocks"
+
+
+def test_blocks_that_the_lease_lacks_are_refused(pair: Pair) -> None:
+    pair.p.open(KEY, 2)
+    pair.p.publish(KEY, 0, [1, 2])
+    pair.d.load(KEY, pair.endpoint, (3, 4, 5), tokens=8)
+    assert pair.d.events.expect(wire.Failed, KEY).reason == "bad_blocks"
+    assert not contents(pair.d.cache).any()
+
+
+@pytest.mark.parametrize("part", [wire.Key(KEY.id, 2), wire.Key(KEY.id, 1, 1), make_key(2)])
+def test_another_attempt_or_part_of_a_ticket_is_another_key(pair: Pair, part: wire.Key) -> None:
+    pair.p.open(KEY, 1)
+    pair.p.publish(KEY, 0, [1])
+    pair.d.load(part, pair.endpoint, (1,), deadline_s=0.2)
+    assert pair.d.events.expect(wire.Failed, part).reason == "timeout"
+    assert not contents(pair.d.cache).any()
 
 
 def test_a_second_load_of_a_key_is_refused_and_the_first_goes_on(pair: Pair) -> None:
@@ -70,7 +126,7 @@ def test_a_ticket_that_the_producer_never_opens_is_refused(make_pair: Callable[.
     pair = make_pair(lease_s=0.1)
     pair.d.load(KEY, pair.endpoint, (1,))
     assert pair.d.events.expect(wire.Failed, KEY).reason == "unknown_ticket"
-    assert pair.p.call(pair.p.end.stats) == wire.Stats()
+    pair.p.settle()
 
 
 def test_the_reason_of_a_closed_lease_reaches_its_consumers(pair: Pair) -> None:
@@ -78,7 +134,7 @@ def test_the_reason_of_a_closed_lease_reaches_its_consumers(pair: Pair) -> None:
     pair.p.open(KEY, 2)
     pair.p.publish(KEY, 0, [1])
     pair.p.until(lambda: bool(pair.p.end.table.held[KEY].subscribers))
-    pair.p.call(lambda: pair.p.end.close(KEY, "prefill_500"))
+    pair.p.call(lambda: pair.p.end.end(KEY, "prefill_500"))
     assert pair.d.events.expect(wire.Failed, KEY).reason == "prefill_500"
 
 
@@ -100,7 +156,7 @@ def test_a_lost_producer_fails_the_load(pair: Pair) -> None:
     pair.p.publish(KEY, 0, [1])
     pair.d.load(KEY, pair.endpoint, (1, 2))
     pair.p.until(lambda: bool(pair.p.end.table.held[KEY].subscribers))
-    pair.p.close()
+    pair.p.stop()
     assert pair.d.events.expect(wire.Failed, KEY).reason == "disconnected"
 
 
@@ -109,21 +165,59 @@ def test_unload_is_always_answered(pair: Pair) -> None:
     assert pair.d.events.expect(wire.Failed, KEY).reason == "cancelled"
 
 
+@pytest.mark.parametrize("phase", ["no producer", "early", "waiting", "open", "streaming", "ended"])
+def test_unload_gives_staging_back_at_once_in_every_phase(make_pair: Callable[..., Pair], phase: str) -> None:
+    pair = make_pair(capacity=4096, piece_bytes=BLOCK_BYTES)
+    p, other = pair.p, make_key(2)
+    if phase == "waiting":
+        p.open(other, 2)
+    if phase not in ("no producer", "early"):
+        p.open(KEY, 3)
+    if phase in ("streaming", "ended"):
+        p.publish(KEY, 0, [4] if phase == "streaming" else [4, 5, 6])
+    pair.d.load(KEY, pair.endpoint if phase != "no producer" else "tcp://127.0.0.1:1", (1, 2, 3))
+    match phase:
+        case "early":
+            p.until(lambda: KEY in p.end.table.early)
+        case "waiting":
+            p.until(lambda: bool(p.end.table.waiting[KEY].subscribers))
+        case "open":
+            p.until(lambda: bool(p.end.table.held[KEY].subscribers))
+        case "streaming":
+            pair.d.until(lambda: same(p.cache, [4], pair.d.cache, [1]))
+        case "ended":
+            pair.d.events.expect(wire.Loaded, KEY)
+    began = time.monotonic()
+    pair.d.unload(KEY)
+    pair.d.events.expect(wire.Failed, KEY)
+    if phase == "waiting":
+        p.call(lambda: p.end.end(other, "cancelled"))
+    p.settle()
+    assert time.monotonic() - began < 1
+
+
 def test_after_unload_nothing_is_written_though_the_producer_goes_on(pair: Pair) -> None:
     pair.p.open(KEY, 3, subscribers=2)
     pair.p.publish(KEY, 0, [4])
     pair.d.load(KEY, pair.endpoint, (1, 2, 3))
     pair.d.until(lambda: bool(contents(pair.d.cache)[:, 1].any()))
+    (subscriber,) = pair.p.end.table.held[KEY].subscribers.values()
+    session = pair.p.end._sessions[subscriber.id[0]]
     pair.d.unload(KEY)
     pair.d.events.expect(wire.Failed, KEY)
     after = contents(pair.d.cache)
-    table = pair.p.end.table
-    pair.p.until(lambda: all(s.done for s in table.held[KEY].subscribers.values()))
-    for subscriber in table.held[KEY].subscribers.values():
-        subscriber.done = False  # a producer that has not read the Drop yet
+    pair.p.until(lambda: subscriber.ended)
+
+    def forget_the_drop() -> None:
+        """A producer that has not read the Drop yet."""
+        subscriber.ended = False
+        session.subscriptions[subscriber.id[1]] = KEY
+
+    pair.p.call(forget_the_drop)
     pair.p.publish(KEY, 1, [5, 6])
     _pass_through(pair)
     assert torch.equal(contents(pair.d.cache), after)
+    pair.p.call(lambda: pair.p.end._ended(session, KEY, subscriber.id[1]))
 
 
 def _pass_through(pair: Pair) -> None:

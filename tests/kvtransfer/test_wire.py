@@ -20,7 +20,9 @@ DECODERS: list[tuple[object, Decode]] = [
 ]
 numbers = st.integers(-(2**63), 2**63 - 1)
 keys = st.builds(wire.Key, st.binary(max_size=16), numbers, numbers)
-for _type, _strategy in ((int, numbers), (float, st.floats(allow_nan=False)), (wire.Key, keys)):
+wants = st.builds(wire.Want, numbers, numbers, numbers)
+_strategies = ((int, numbers), (float, st.floats(allow_nan=False)), (wire.Key, keys), (wire.Want, wants))
+for _type, _strategy in _strategies:
     st.register_type_strategy(_type, _strategy)
 messages = {union: st.one_of([st.from_type(kind) for kind in get_args(union)]) for union, _ in DECODERS}
 any_decoder = pytest.mark.parametrize(("union", "decode"), DECODERS, ids=["data", "command", "event"])

@@ -1,0 +1,89 @@
+"""The arena against a plain list of what is handed out."""
+
+from __future__ import annotations
+
+import mmap
+import os
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from kvtransfer.arena import ALIGN, Arena, open_arena
+
+PAGES = 12
+
+
+class AnyOrder(RuleBasedStateMachine):
+    """Regions never overlap, go to the lowest place that fits, and all come back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.arena = Arena(PAGES * ALIGN)
+        self.out: list[tuple[int, int]] = []
+
+    def lowest(self, pages: int) -> int | None:
+        """First page at which so many are free, by looking at every page."""
+        taken = {page for at, n in self.out for page in range(at, at + n)}
+        fits = (at for at in range(1, PAGES + 2 - pages) if not taken & set(range(at, at + pages)))
+        return next(fits, None)
+
+    @rule(pages=st.integers(1, PAGES + 1), less=st.integers(0, ALIGN - 1))
+    def allocate(self, pages: int, less: int) -> None:
+        at = self.arena.allocate(pages * ALIGN - less)
+        expected = self.lowest(pages)
+        assert at == (expected * ALIGN if expected is not None else None)
+        if at is not None:
+            self.out.append((at // ALIGN, pages))
+            self.arena.memory[at : at + pages * ALIGN - less] = bytes([len(self.out)]) * (
+                pages * ALIGN - less
+            )
+
+    @precondition(lambda self: self.out)
+    @rule(data=st.data(), less=st.integers(0, ALIGN - 1))
+    def free(self, data: st.DataObject, less: int) -> None:
+        at, pages = self.out.pop(data.draw(st.integers(0, len(self.out) - 1)))
+        self.arena.free(at * ALIGN, pages * ALIGN - less)
+
+    @invariant()
+    def adds_up(self) -> None:
+        self.arena.check_integrity()
+        assert self.arena.used == sum(pages for _, pages in self.out) * ALIGN
+
+    def teardown(self) -> None:
+        for at, pages in self.out:
+            self.arena.free(at * ALIGN, pages * ALIGN)
+        self.arena.check_integrity()
+        assert self.arena.used == 0
+        assert self.arena.allocate(PAGES * ALIGN) == ALIGN, "all of it, in one piece"
+        self.arena.close()
+
+
+AnyOrder.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestAnyOrder = AnyOrder.TestCase
+
+
+def test_another_process_sees_what_is_written_and_can_not_write() -> None:
+    arena = Arena(ALIGN)
+    at = arena.allocate(5)
+    assert at is not None
+    view = open_arena(arena.ref)
+    arena.memory[at : at + 5] = b"hello"
+    assert bytes(view[at : at + 5]) == b"hello"
+    with pytest.raises(TypeError):
+        view[at] = 0
+    arena.close()
+
+
+def test_only_the_arena_that_was_announced_is_opened() -> None:
+    first, second = Arena(ALIGN), Arena(ALIGN)
+    forged = type(first.ref)(os.getpid(), second.ref.fd, first.ref.nbytes, first.ref.nonce)
+    with pytest.raises(OSError, match="another arena"):
+        open_arena(forged)
+    with pytest.raises(OSError, match="another file"):
+        open_arena(type(first.ref)(os.getpid(), first.ref.fd, 2 * mmap.PAGESIZE + 1, first.ref.nonce))
+    with pytest.raises(OSError, match="No such file"):
+        open_arena(type(first.ref)(2**22, 3, first.ref.nbytes, first.ref.nonce))
+    first.close()
+    second.close()

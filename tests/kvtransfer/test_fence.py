@@ -1,0 +1,53 @@
+"""Copies that fail on a device end one lease or one load, and the waiter goes on."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from functools import partial
+
+import pytest
+
+from kvtransfer.fence import Waiter
+from kvtransfer.loop import Loop
+
+
+class Copies:
+    """A fence that passes when told to, well or not."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.passed = threading.Event()
+        self._error = error
+
+    def wait(self) -> None:
+        assert self.passed.wait(10)
+        if self._error is not None:
+            raise self._error
+
+
+@pytest.fixture
+def loop() -> Iterator[Loop]:
+    loop = Loop("test-fence")
+    loop.start()
+    yield loop
+    loop.stop()
+
+
+def test_calls_come_in_order_on_the_loop_and_a_failed_copy_stops_none(loop: Loop) -> None:
+    waiter = Waiter(loop, "test-waiter")
+    seen: list[tuple[int, bool, str]] = []
+    done = threading.Event()
+    fences = [Copies(), Copies(RuntimeError("device lost")), Copies()]
+
+    def note(number: int, well: bool) -> None:
+        seen.append((number, well, threading.current_thread().name))
+        if number == 2:
+            done.set()
+
+    for number, fence in enumerate(fences):
+        waiter.after(fence, partial(note, number))
+    for fence in reversed(fences):
+        fence.passed.set()
+    assert done.wait(10)
+    waiter.stop()
+    assert seen == [(0, True, "test-fence"), (1, False, "test-fence"), (2, True, "test-fence")]
