@@ -2,12 +2,12 @@
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3.14 || echo python3)
 BIN := .venv/bin
-FAST := not engine and not system and not gpu and not slow
+FAST := not engine and not system and not shapes and not gpu and not slow
 .DEFAULT_GOAL := help
-.PHONY: help install up test check fmt lock bench clean
+.PHONY: help install up test test-all check fmt lock bench clean
 
 help: ## list the targets
-	@sed -nE 's/^([a-z]+):.*## (.*)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r target text; do \
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r target text; do \
 		printf '  make %-8s  %s\n' "$$target" "$$text"; done
 
 install: ## install everything into .venv; nothing to do if it is current
@@ -16,8 +16,11 @@ install: ## install everything into .venv; nothing to do if it is current
 up: install ## serve the demo model at http://127.0.0.1:8000 (ARGS="..." for `braid up`)
 	@exec $(BIN)/braid up $(ARGS)
 
-test: check ## the whole suite: check, then the tests with real engines
-	$(BIN)/python -m pytest -m "not ($(FAST)) and not gpu"
+test: check ## the suite: check, then the tests with real engines
+	$(BIN)/python -m pytest -m "not ($(FAST)) and not shapes and not gpu"
+
+test-all: test ## everything that runs here: test, then every shape of cache and engine (a quarter of an hour)
+	$(BIN)/python -m pytest -m shapes
 
 check: install ## the one gate before a commit: format, lint, types, fast tests
 	$(BIN)/ruff format --check .

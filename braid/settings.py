@@ -150,7 +150,9 @@ class WorkerSettings(ProcessSettings):
     model: str = Field(..., description="model folder or name, as vLLM takes it")
     served_model_name: str = Field("", description="name clients use (default: the model's folder name)")
     run_dir: Path | None = Field(None, description="folder of sockets (default: a private temporary one)")
-    block_size: int = Field(32, ge=1, description="tokens of a KV block; equal on P and D")
+    block_size: int = Field(
+        32, ge=1, description="tokens of a KV block; P and D may differ where blocks can be cut"
+    )
     load_timeout_s: float = Field(60.0, gt=0, le=600, description="longest wait for a KV transfer")
     drain_s: float = Field(30.0, ge=0, description="on SIGTERM, time for running requests to end")
     kv_transports: Transports = Field(

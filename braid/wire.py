@@ -61,7 +61,8 @@ class Ticket(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defau
 
     ``id`` is 16 random bytes; ``attempt`` counts dispatches of the same request (fences a stopped and
     resumed worker). ``endpoints`` are the producer's KV endpoints, one per tensor-parallel rank.
-    ``subscribers`` is how many decode workers will pull; the producer keeps the KV for that many.
+    ``consumers`` is the number of ranks of each decode worker that will pull; the producer keeps the KV
+    until each has. ``block_size`` is the producer's.
     """
 
     id: bytes
@@ -70,7 +71,8 @@ class Ticket(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defau
     epoch: int
     endpoints: tuple[str, ...]
     fingerprint: str
-    subscribers: int = 1
+    consumers: tuple[int, ...] = (1,)
+    block_size: int = 0
 
 
 class KvRecord(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defaults=True):
@@ -99,7 +101,11 @@ class KvRecord(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_def
 
 
 class Hello(_Msg, frozen=True, tag="hello"):
-    """A worker introduces itself. ``epoch`` is a random 63-bit number, new at each engine start."""
+    """A worker introduces itself. ``epoch`` is a random 63-bit number, new at each engine start.
+
+    ``fingerprint`` is of ``traits``, (name, value) of all that must be equal to exchange KV. ``ranks``: its
+    tensor-parallel degree; ``kv_heads``: KV heads over all ranks, 0 if its blocks can't be split by head.
+    """
 
     protocol: int
     role: Role
@@ -112,6 +118,9 @@ class Hello(_Msg, frozen=True, tag="hello"):
     fingerprint: str
     vllm_version: str
     kv_endpoints: tuple[str, ...] = ()
+    ranks: int = 1
+    kv_heads: int = 0
+    traits: tuple[tuple[str, str], ...] = ()
     http: str = ""
     """Base URL of the worker's own HTTP endpoint (health, metrics)."""
 
@@ -215,7 +224,7 @@ class Ping(_Msg, frozen=True, tag="ping"):
 
 
 class Prefill(_Msg, frozen=True, tag="prefill"):
-    """Compute the KV of ``body``'s prompt(s), once, and hold it for the ticket's subscribers.
+    """Compute the KV of ``body``'s prompt(s), once, and hold it for the ticket's consumers.
 
     ``target`` and ``body`` are the client's path and JSON body, so that P renders exactly what D does;
     sampling fields in it have no effect here. ``deadline_s`` is relative to receipt."""

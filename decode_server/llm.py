@@ -19,7 +19,7 @@ from braid.proof import merge
 from braid.worker.prompt import shareable
 from decode_server.prefix import Held, Prefixes, Source
 from decode_server.seeds import sample_seed
-from kvtransfer.adapter.connector import PARAM
+from kvtransfer.adapter.options import PARAM
 
 Ended = Callable[[int, RequestOutput | None, str], None]
 """Called once a sample: its number in the group, its last output (None: cancelled or failed), error."""
@@ -181,8 +181,7 @@ class _Samples:
         before = job.generated[number] if delta else 0
         job.generated[number] = before + len(completion.token_ids)
         if self._held.name is not None:  # vLLM counts the imported blocks as cached
-            block_size = self._llm.vllm_config.cache_config.block_size
-            output.num_cached_tokens = self._held.record.blocks_cached * block_size
+            output.num_cached_tokens = self._held.cached
         if number == self._base:
             job.prompt_tokens = len(output.prompt_token_ids or ()) or job.prompt_tokens
             job.cached_tokens = output.num_cached_tokens or 0

@@ -19,7 +19,7 @@ from braid import wire
 from braid.worker.engine import Engine
 from braid.worker.prompt import Prompt
 from kvtransfer import wire as kv
-from kvtransfer.plan import num_blocks
+from kvtransfer.plan import CHAIN_TOKENS, head_runs, needed_blocks
 
 log = logging.getLogger("braid.decode")
 
@@ -29,11 +29,13 @@ _RETRY_S = 0.02
 
 @dataclass(slots=True)
 class Held:
-    """A prompt's place in the cache. ``name`` is the import's, None if the samples compute it."""
+    """A prompt's place in the cache. ``name`` is the import's, None if the samples compute it; ``cached``:
+    tokens of it that were there before."""
 
     name: str | None
     record: wire.KvRecord
     blocks: int = 0
+    cached: int = 0
 
 
 class Source:
@@ -89,7 +91,7 @@ class Prefixes:
         """
         if source.ticket is None:
             return Held(None, wire.KvRecord("local", reason=source.reason or "no_ticket"))
-        blocks = num_blocks(len(prompt.tokens), self._engine.block_size)
+        blocks = self._blocks(len(prompt.tokens))
         if blocks > self._capacity:
             return Held(None, wire.KvRecord("local", reason="too_large"))
         name = f"i{next(self._names)}"
@@ -98,7 +100,7 @@ class Prefixes:
         await self._take(blocks)
         try:
             async with asyncio.timeout(self._timeout_s):
-                held.record = await self._import(name, prompt, part, source, since)
+                held.record = await self._import(held, name, prompt, part, source, since)
         except TimeoutError:
             held.record = wire.KvRecord("recomputed", reason="timeout")
         except BaseException:
@@ -118,6 +120,11 @@ class Prefixes:
         self._releases.add(task)
         task.add_done_callback(self._releases.discard)
 
+    def _blocks(self, tokens: int) -> int:
+        """Pool blocks of an import, of all groups."""
+        engine = self._engine
+        return sum(len(needed_blocks(tokens, group, engine.block_size)) for group in engine.groups)
+
     async def _take(self, blocks: int) -> None:
         async with self._turn, self._room:  # who waits for room holds the turn: nobody overtakes
             await self._room.wait_for(lambda: self._held + blocks <= self._capacity)
@@ -133,16 +140,18 @@ class Prefixes:
             self._room.notify_all()
 
     async def _import(
-        self, name: str, prompt: Prompt, part: int, source: Source, since: float
+        self, held: Held, name: str, prompt: Prompt, part: int, source: Source, since: float
     ) -> wire.KvRecord:
         engine = self._engine
         while (begun := await engine.call("braid_begin", name, prompt.tokens, prompt.salt, [])) is None:
             await asyncio.sleep(_RETRY_S)
-        cached, block_ids = int(begun["cached"]), tuple(begun["blocks"])
+        held.cached = int(begun["cached"])
+        spans = tuple(kv.Span(group, first, tuple(ids)) for group, first, ids in begun["spans"])
+        cached = held.cached // engine.block_size
         transfers, queue_s = 0, time.monotonic() - since
         while (ticket := source.ticket) is not None:
             transfers += 1
-            ended = await self._load(ticket, prompt, part, cached, block_ids, source)
+            ended = await self._load(ticket, prompt, part, spans, source)
             if isinstance(ended, list):
                 commit = asyncio.ensure_future(engine.call("braid_commit", name))
                 await asyncio.sleep(0)  # sent now, so it precedes the samples in the engine's queue
@@ -157,27 +166,23 @@ class Prefixes:
         ticket: wire.Ticket,
         prompt: Prompt,
         part: int,
-        first: int,
-        block_ids: tuple[int, ...],
+        spans: tuple[kv.Span, ...],
         source: Source,
     ) -> list[kv.Loaded] | str:
         """One transfer over every rank: what was loaded, or why not. When it returns (or raises),
         nothing writes the blocks any more."""
         engine = self._engine
         key = kv.Key(ticket.id, ticket.attempt, part)
-        if len(ticket.endpoints) != len(engine.control.ranks):
+        try:
+            sources = [self._sources(ticket, rank) for rank in range(engine.ranks)]
+        except ValueError:
             return "ranks_differ"
+        chain, tokens = prompt.chain(CHAIN_TOKENS), len(prompt.tokens)
         commands: list[kv.Command] = [
             kv.Load(
-                key,
-                (kv.Source(endpoint, ticket.epoch, 0, rank.shapes[0].heads, 0),),
-                engine.fingerprint,
-                len(prompt.tokens),
-                prompt.chain(engine.block_size),
-                (kv.Span(0, first, block_ids[first:]),),
-                self._timeout_s,
+                key, of_rank, engine.fingerprint, tokens, chain, spans, self._timeout_s, ticket.block_size
             )
-            for endpoint, rank in zip(ticket.endpoints, engine.control.in_order, strict=True)
+            for of_rank in sources
         ]
         loaded = engine.control.expect(("load", key))
         changed = asyncio.create_task(source.changed(ticket))
@@ -191,6 +196,13 @@ class Prefixes:
         events = loaded.result()
         failed = [e.reason for e in events if isinstance(e, kv.Failed)]
         return failed[0] if failed else [e for e in events if isinstance(e, kv.Loaded)]
+
+    def _sources(self, ticket: wire.Ticket, rank: int) -> tuple[kv.Source, ...]:
+        """Where a rank reads its heads. Raises ValueError if these ranks can't be paired."""
+        runs = head_runs(self._engine.kv_heads, len(ticket.endpoints), self._engine.ranks, rank)
+        return tuple(
+            kv.Source(ticket.endpoints[run.rank], ticket.epoch, run.first, run.last, run.put) for run in runs
+        )
 
     async def _unload(self, key: kv.Key, loaded: asyncio.Future[list[kv.Event]]) -> None:
         """Stop a load and wait until every rank has; also one that a rank was never asked for."""

@@ -558,6 +558,7 @@ class Consumer:
             return
         del self._parts[part.sub]
         part.load.transport = peer.transport
+        self._finish(part.load)  # first, as somebody waits for it
         self._send(peer, wire.Done(part.load.spec.key, part.sub))
 
     def _finish(self, load: _Load) -> None:

@@ -19,9 +19,9 @@ class Digests:
         self._every = {"off": 0, "sampled": SAMPLE, "full": 1}[check]
         self._turn = itertools.count()
 
-    def of(self, rows: Any, wanted: int = 1) -> int:
-        """Digest of ``[layers, count, heads, row_bytes]``, 0 if it is not its turn or not ``wanted``."""
-        if not self._every or not wanted or next(self._turn) % self._every:
+    def of(self, rows: Any) -> int:
+        """Digest of ``[layers, count, heads, row_bytes]``, 0 if it is not its turn."""
+        if not self._every or next(self._turn) % self._every:
             return 0
         return digest(rows)
 

@@ -1,13 +1,40 @@
-"""Which blocks of a prompt exist, and the hash chain that identifies them. Pure functions."""
+"""What of a prompt's KV moves from where to where, and the hash chain that identifies it. Pure functions.
+
+A KV cache group is a set of layers that share block tables (:class:`Blocking`). Its blocks are numbered from
+the prompt's first token on; the block that follows the last full one is partial.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 DIGEST_BYTES = 16
 """Bytes of one link of a chain."""
+CHAIN_TOKENS = 32
+"""Tokens of a link: the same on both ends of a transfer, whatever their block sizes are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Blocking:
+    """How a KV cache group keeps a sequence: ``block_size`` tokens a block, and the ``window`` of tokens
+    that a token attends to, itself included (0: all that precede it)."""
+
+    block_size: int
+    window: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class HeadRun:
+    """Heads ``[first, last)`` of a producer's rank become a consumer rank's heads from ``put`` on."""
+
+    rank: int
+    first: int
+    last: int
+    put: int
 
 
 def num_blocks(tokens: int, block_size: int) -> int:
@@ -25,14 +52,28 @@ def finished_blocks(computed: int, prompt: int, block_size: int) -> int:
     return num_blocks(prompt, block_size) if computed >= prompt else computed // block_size
 
 
-def tail_start(prompt: int, block_size: int) -> int:
-    """First token of the block that holds the prompt's last token but one to compute.
+def hit_unit(groups: Sequence[Blocking]) -> int:
+    """Tokens that prefix-cache hits come in multiples of: whole blocks of every group."""
+    return math.lcm(*(group.block_size for group in groups))
+
+
+def tail_start(prompt: int, unit: int) -> int:
+    """First token of the unit that holds the prompt's last token but one to compute.
 
     A sample always computes the prompt's last token itself (it needs its logits), so a prefix cache
-    can serve it tokens ``[0, tail_start)`` in whole blocks; the block at ``tail_start`` is the one that
-    siblings copy.
+    can serve it tokens ``[0, tail_start)`` in whole units; what follows is what siblings copy.
     """
-    return (prompt - 1) // block_size * block_size
+    return (prompt - 1) // unit * unit
+
+
+def needed_blocks(prompt: int, group: Blocking, unit: int) -> range:
+    """The blocks of a group that a sample of the prompt needs, all others excluded.
+
+    A windowed group needs, besides the tail, the whole blocks that a token at ``tail_start`` attends to.
+    That is also what a prefix cache has to hold for a hit of that length.
+    """
+    seen = tail_start(prompt, unit) - group.window + 1 if group.window else 0
+    return range(max(0, seen) // group.block_size, num_blocks(prompt, group.block_size))
 
 
 def chain(tokens: Sequence[int], block_size: int, extra: str = "") -> bytes:
@@ -55,3 +96,64 @@ def pieces(first: int, last: int, block_bytes: int, piece_bytes: int) -> list[ra
     """Split blocks ``[first, last)`` into runs of at most ``piece_bytes`` (at least one block each)."""
     step = max(1, piece_bytes // block_bytes)
     return [range(at, min(at + step, last)) for at in range(first, last, step)]
+
+
+# --- heads over tensor-parallel ranks ---
+
+
+def heads_of(heads: int, ranks: int, rank: int) -> range:
+    """The model's KV heads that a rank holds: an equal share, or one that several ranks hold alike.
+
+    Raises:
+        ValueError: neither number is a multiple of the other.
+    """
+    if heads % ranks and ranks % heads:
+        raise ValueError(f"{heads} KV heads over {ranks} ranks")
+    share = max(1, heads // ranks)
+    first = rank * heads // ranks
+    return range(first, first + share)
+
+
+def head_runs(heads: int, producers: int, consumers: int, rank: int) -> list[HeadRun]:
+    """What a consumer's rank reads from the producer's ranks, in the order of its heads.
+
+    Where producers hold a head alike, consumers spread over them. ``heads`` 0 says that the heads of a
+    block can't be told apart: then each rank reads from its like.
+
+    Raises:
+        ValueError: these two can't be paired; the message says why.
+    """
+    if heads == 0:
+        if producers != consumers:
+            raise ValueError(
+                f"tensor-parallel degrees {producers} and {consumers}: this KV cache can't be split by head"
+            )
+        return [HeadRun(rank, 0, 1, 0)]
+    mine, found = heads_of(heads, consumers, rank), list[HeadRun]()
+    share, alike = max(1, heads // producers), max(1, producers // heads)
+    for head in mine:
+        owner = head // share * alike + rank % alike
+        first = head - heads_of(heads, producers, owner).start
+        if found and found[-1].rank == owner:
+            found[-1] = HeadRun(owner, found[-1].first, first + 1, found[-1].put)
+        else:
+            found.append(HeadRun(owner, first, first + 1, head - mine.start))
+    return found
+
+
+def readers(heads: int, producers: int, consumers: int) -> list[int]:
+    """How many of a consumer's ranks read from each of the producer's.
+
+    Raises:
+        ValueError: these two can't be paired; the message says why.
+    """
+    counts = [0] * producers
+    for rank in range(consumers):
+        for run in head_runs(heads, producers, consumers, rank):
+            counts[run.rank] += 1
+    if 0 in counts:
+        raise ValueError(
+            f"{consumers} decode ranks would leave some of {producers} prefill ranks unread, as these hold "
+            f"copies of {heads} KV heads: give decode at least as many ranks, or prefill fewer"
+        )
+    return counts

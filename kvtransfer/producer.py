@@ -19,7 +19,7 @@ import zmq
 from braid.keys import apply_curve_server
 from kvtransfer import wire
 from kvtransfer.arena import Arena
-from kvtransfer.digest import Digests
+from kvtransfer.digest import Digests, digest
 from kvtransfer.fence import Fence, Waiter
 from kvtransfer.lease import Lease, LeaseTable, Subscriber
 from kvtransfer.loop import Loop
@@ -293,10 +293,9 @@ class Producer:
             parcel = session.queue.popleft()
             session.unacked += parcel.nbytes
             self._count(session, parcel)
-            whole = parcel.rows.shape == parcel.piece.rows.shape
-            digest = parcel.piece.digest if whole else self._digests.of(parcel.rows, parcel.piece.digest)
+            whole = parcel.whole or not parcel.piece.digest
             try:
-                session.sender.send(parcel, digest)
+                session.sender.send(parcel, parcel.piece.digest if whole else digest(parcel.rows))
             except zmq.ZMQError as error:
                 self._gone(session, error)
                 return

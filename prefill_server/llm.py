@@ -12,7 +12,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from braid.worker.prompt import Prompt, shareable
-from kvtransfer.adapter.connector import PARAM
+from kvtransfer.adapter.options import PARAM
 from kvtransfer.wire import Key
 
 

@@ -18,7 +18,7 @@ from braid.errors import (
     Unavailable,
 )
 from braid.settings import RouterSettings
-from router import plain, reasoning
+from router import plain, reasoning, strategies
 from router.admission import Admission
 from router.auth import Keys
 from router.cluster import RETRY_AFTER_S, Cluster
@@ -62,6 +62,7 @@ class App:
             "/metrics": ("GET", self._metrics),
             "/cluster": ("GET", self._cluster),
             "/v1/models": ("GET", self._models),
+            "/v1/strategies": ("GET", self._strategies),
             "/v1/chat/completions": ("POST", lambda call, tenant: self._generate(call, tenant, "chat")),
             "/v1/completions": ("POST", lambda call, tenant: self._generate(call, tenant, "completions")),
             "/tokenize": ("POST", self._passthrough),
@@ -252,6 +253,10 @@ class App:
             }
             for model, length in lengths.items()
         ]
+        await call.respond_json({"object": "list", "data": data})
+
+    async def _strategies(self, call: Call, tenant: str) -> None:
+        data = strategies.describe(trigger=self.settings.trigger)
         await call.respond_json({"object": "list", "data": data})
 
     def _gauge(self) -> None:

@@ -33,6 +33,23 @@ def search(pattern: str, text: str) -> dict[str, Any]:
     return {"found": taken[0] if taken else last.group()}
 
 
+def schema(schema: Any, text: str) -> dict[str, Any]:
+    """Whether ``text`` is JSON that conforms to ``schema``; references lead nowhere but into it."""
+    from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
+    from jsonschema.exceptions import SchemaError  # type: ignore[import-untyped]
+    from referencing import Registry
+
+    try:
+        Draft202012Validator.check_schema(schema)
+    except SchemaError as error:
+        return {"invalid": error.message}
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return {"valid": False}
+    return {"valid": Draft202012Validator(schema, registry=Registry()).is_valid(value)}
+
+
 def symbolic(text: str) -> str | None:
     """Canonical form of a mathematical expression, None if it does not parse as one."""
     from math_verify import LatexExtractionConfig, parse
@@ -68,6 +85,15 @@ def _form(value: Any) -> str:
     return str(sympy.srepr(value))
 
 
+def run(job: dict[str, Any]) -> Any:
+    """The result of one job."""
+    if job["op"] == "search":
+        return search(job["pattern"], job["text"])
+    if job["op"] == "schema":
+        return schema(job["schema"], job["text"])
+    return symbolic(job["text"])
+
+
 def main(limit_s: float) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -76,9 +102,11 @@ def main(limit_s: float) -> None:
         job = json.loads(line)
         if job["op"] == "symbolic":
             import math_verify  # noqa: F401  # its import takes longer than a job may
+        elif job["op"] == "schema":
+            import jsonschema  # noqa: F401  # likewise
         signal.setitimer(signal.ITIMER_PROF, limit_s)
         try:
-            result = search(job["pattern"], job["text"]) if job["op"] == "search" else symbolic(job["text"])
+            result = run(job)
         except Exception:  # whatever the algebra raises on nonsense means: no canonical form
             result = None
         signal.setitimer(signal.ITIMER_PROF, 0)

@@ -197,7 +197,7 @@ class Fanout:
 
     def _send_prefill(self, worker: Worker, shares: Sequence[Share]) -> Producer:
         now = asyncio.get_running_loop().time()
-        ticket = make_ticket(self._ticket_id, len(self.producers) + 1, worker, len(shares))
+        ticket = make_ticket(self._ticket_id, len(self.producers) + 1, worker, [s.worker for s in shares])
         deadline = min(self.job.deadline, now + self.cluster.settings.prefill_timeout_s)
         producer = Producer(worker, ticket, deadline)
         producer.dispatch = self.cluster.link.open(worker, self.job.prompts, self._inbox, producer)

@@ -184,9 +184,9 @@ async def extract(
     return _tidy(_NAMED[extractor](text))
 
 
-async def search(pattern: str, text: str) -> str | None:
-    """The caller's pattern in ``text``, in a process that can be killed; raises as :func:`extract`."""
-    field = "reasoning.pattern"
+async def search(pattern: str, text: str, field: str = "reasoning.pattern") -> str | None:
+    """The caller's pattern in ``text``, in a process that can be killed; raises as :func:`extract`, naming
+    ``field``."""
     if len(pattern) > MAX_PATTERN:
         raise BadRequest(f"pattern is over {MAX_PATTERN} characters", param=field)
     try:

@@ -16,6 +16,7 @@ from router import proof
 from router.cluster import Cluster
 from router.dispatch import Failed, Fanout, Job, Share
 from router.sampler import GroupUsage, Sample, State
+from router.validate import prompt_chars
 
 log = logging.getLogger("braid.router.groups")
 
@@ -44,27 +45,52 @@ class WorkerSampler:
         self._cluster = cluster
         self._job = job
 
-    def group(self, body: Mapping[str, Any], n: int) -> WorkerGroup:
+    def group(self, body: Mapping[str, Any], n: int, first: int = 0) -> WorkerGroup:
         position = len(self.groups)
         request_id = f"{self._job.request_id}-{position}" if position else self._job.request_id
         body = {key: value for key, value in body.items() if key not in ("stream", "stream_options")}
-        job = replace(self._job, body={**body, "n": n}, n=n, mode="samples", request_id=request_id)
-        group = WorkerGroup(Fanout(self._cluster, job))
+        job = replace(
+            self._job,
+            body={**body, "n": n},
+            n=n,
+            mode="samples",
+            request_id=request_id,
+            local=self._local(body),
+        )
+        group = WorkerGroup(Numbered(self._cluster, job, first), first)
         self.groups.append(group)
         return group
+
+    def _local(self, body: Mapping[str, Any]) -> str:
+        """The job's reason not to prefill remotely; a strategy's prompt may be longer than the client's."""
+        long = prompt_chars(body) >= self._cluster.settings.remote_min_chars
+        return "" if self._job.local == "short" and long else self._job.local
 
     @property
     def usages(self) -> list[GroupUsage]:
         return [group.usage for group in self.groups]
 
 
+class Numbered(Fanout):
+    """A fan-out whose samples are numbered from ``first``: the workers derive seeds from the number."""
+
+    def __init__(self, cluster: Cluster, job: Job, first: int) -> None:
+        super().__init__(cluster, job)
+        self.first = first
+
+    def _send_decode(self, share: Share) -> None:
+        if share.dispatch is None:  # as placed, counted from 0; a share that moves keeps its numbers
+            share.first += self.first
+        super()._send_decode(share)
+
+
 class WorkerGroup:
     """A :class:`router.sampler.Group`. Owns its fan-out: started on entry, closed on exit."""
 
-    def __init__(self, fanout: Fanout) -> None:
+    def __init__(self, fanout: Fanout, first: int = 0) -> None:
         self.usage = GroupUsage()
         self.fanout = fanout
-        self._outstanding = set(range(fanout.job.n))
+        self._outstanding = set(range(first, first + fanout.job.n))
         self._tokens: dict[Share, int] = {}
         self._produced = False
         self._held: list[Sample] = []

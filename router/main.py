@@ -10,6 +10,7 @@ import signal
 from braid import log as braid_log
 from braid.http import listen
 from braid.settings import RouterSettings
+from router import strategies
 from router.app import App
 from router.server import make_server
 
@@ -28,6 +29,7 @@ def main(settings: RouterSettings) -> int:
 
 async def serve(settings: RouterSettings) -> int:
     """Serve until SIGTERM or SIGINT, then drain. A second signal ends the process at once."""
+    strategies.load_plugins()
     app = App(settings)
     sock = listen(settings.host, settings.port)
     try:

@@ -1,7 +1,8 @@
 """Which prefill and decode workers have shown that KV moves between them.
 
-A pair is used only when both fingerprints are equal and, with ``verify_pairs``, after a tiny real
-request went through it and its KV really crossed the wire.
+A pair is used only when the two may exchange KV (:func:`mismatch`) and, with ``verify_pairs``, after a tiny
+real request went through it and its KV really crossed the wire. A prefill and a decode worker of one model
+that do not fit are shown with the reason.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,7 @@ import msgspec
 
 from braid import wire
 from braid.settings import RouterSettings
+from kvtransfer.plan import readers
 from router.link import Gone, Inbox, Link
 from router.metrics import Metrics
 from router.registry import Registry, Worker
@@ -52,6 +55,7 @@ class Pairs:
         self._link = link
         self._metrics = metrics
         self._pairs: dict[tuple[Worker, Worker], Pair] = {}
+        self._refused: dict[tuple[Worker, Worker], str] = {}
         self._proven: set[str] = set()
         registry.joined.append(self._on_joined)
         registry.lost.append(self._on_lost)
@@ -75,6 +79,7 @@ class Pairs:
 
     def state(self) -> list[dict[str, Any]]:
         """What ``/cluster`` shows of the pairs."""
+        refused = [Pair(p, d, error=why) for (p, d), why in self._refused.items()]
         return [
             {
                 "prefill": pair.prefill.name,
@@ -83,7 +88,7 @@ class Pairs:
                 "attempts": pair.attempts,
                 "error": pair.error,
             }
-            for pair in self._pairs.values()
+            for pair in (*self._pairs.values(), *refused)
         ]
 
     async def stop(self) -> None:
@@ -100,7 +105,7 @@ class Pairs:
             assert not decode.gone
             assert pair.prefill is prefill
             assert pair.decode is decode
-            assert _match(prefill, decode)
+            assert not mismatch(prefill.hello, decode.hello)
 
     def _has_pair(self, model: str) -> bool:
         return any(
@@ -112,8 +117,18 @@ class Pairs:
     def _on_joined(self, worker: Worker) -> None:
         for other in self._registry.all():
             prefill, decode = (worker, other) if worker.hello.role == "prefill" else (other, worker)
-            if prefill.hello.role == "prefill" and decode.hello.role == "decode" and _match(prefill, decode):
-                self._add(Pair(prefill, decode))
+            if prefill.hello.role == "prefill" and decode.hello.role == "decode":
+                self._consider(prefill, decode)
+
+    def _consider(self, prefill: Worker, decode: Worker) -> None:
+        if not _common_models(prefill, decode):
+            return
+        if why := mismatch(prefill.hello, decode.hello):
+            self._refused[prefill, decode] = why
+            names = {"prefill": prefill.name, "decode": decode.name, "reason": why}
+            log.warning("pair refused", extra=names)
+        else:
+            self._add(Pair(prefill, decode))
 
     def _add(self, pair: Pair) -> None:
         self._pairs[pair.prefill, pair.decode] = pair
@@ -121,6 +136,7 @@ class Pairs:
             pair.task = asyncio.create_task(self._verify(pair))
 
     def _on_lost(self, worker: Worker, reason: str) -> None:
+        self._refused = {key: why for key, why in self._refused.items() if worker not in key}
         for key in [key for key in self._pairs if worker in key]:
             pair = self._pairs.pop(key)
             if pair.task is not None:
@@ -146,8 +162,21 @@ class Pairs:
                 await asyncio.sleep(BACKOFF_S[min(pair.attempts, len(BACKOFF_S)) - 1])
 
 
-def _match(prefill: Worker, decode: Worker) -> bool:
-    return prefill.hello.fingerprint == decode.hello.fingerprint and bool(_common_models(prefill, decode))
+def mismatch(prefill: wire.Hello, decode: wire.Hello) -> str:
+    """Why one may not read the other's KV, in words; empty if it may."""
+    if prefill.fingerprint != decode.fingerprint:
+        theirs = dict(decode.traits)
+        for name, value in prefill.traits:
+            if theirs.get(name) != value:
+                return f"{name}: {value} on prefill, {theirs.get(name, 'unknown')} on decode"
+        return "the fingerprints differ"
+    if prefill.block_size % decode.block_size and decode.block_size % prefill.block_size:
+        return f"block sizes {prefill.block_size} and {decode.block_size}: neither is a multiple of the other"
+    try:
+        readers(prefill.kv_heads, prefill.ranks, decode.ranks)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _common_models(prefill: Worker, decode: Worker) -> list[str]:
@@ -163,7 +192,7 @@ async def probe(link: Link, prefill: Worker, decode: Worker) -> None:
     inbox = Inbox()
     request_id = f"probe-{secrets.token_hex(8)}"
     body = _probe_body(prefill, decode)
-    ticket = make_ticket(secrets.token_bytes(16), 1, prefill, 1)
+    ticket = make_ticket(secrets.token_bytes(16), 1, prefill, [decode])
     p = link.open(prefill, 1, inbox, None)
     d = link.open(decode, 1, inbox, None)
     target = "/v1/completions"
@@ -176,11 +205,18 @@ async def probe(link: Link, prefill: Worker, decode: Worker) -> None:
         link.abandon(d)
 
 
-def make_ticket(ticket_id: bytes, attempt: int, prefill: Worker, subscribers: int) -> wire.Ticket:
-    """The router's half of a transfer handle, from what the producer registered."""
+def make_ticket(ticket_id: bytes, attempt: int, prefill: Worker, decode: Sequence[Worker]) -> wire.Ticket:
+    """The router's half of a transfer handle, from what producer and consumers registered."""
     hello = prefill.hello
     return wire.Ticket(
-        ticket_id, attempt, hello.worker, hello.epoch, hello.kv_endpoints, hello.fingerprint, subscribers
+        ticket_id,
+        attempt,
+        hello.worker,
+        hello.epoch,
+        hello.kv_endpoints,
+        hello.fingerprint,
+        tuple(worker.hello.ranks for worker in decode),
+        hello.block_size,
     )
 
 

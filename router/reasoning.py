@@ -81,7 +81,9 @@ def prepare(plan: Mapping[str, Any], request: Request, settings: RouterSettings)
     if "trigger" in spec.options.model_fields:
         plan = {"trigger": settings.trigger, **plan}
     options = spec.parse(plan)
-    return Prepared(spec, options, options.n)
+    if options.n > settings.max_n:  # a default, as the client gave none
+        options = spec.parse({**plan, "n": settings.max_n})
+    return Prepared(spec, options, options.slots)
 
 
 async def run(cluster: Cluster, call: Call, job: Job, prepared: Prepared, stream: bool) -> None:

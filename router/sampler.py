@@ -6,10 +6,11 @@ nothing of workers, sockets or HTTP, so a scripted sampler tests it in microseco
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from braid.proof import merge
 from braid.wire import KvRecord
 
 State = Literal["finished", "stopped_early", "failed"]
@@ -20,7 +21,7 @@ class Sample:
     """One ended sample of a group.
 
     Attributes:
-        index: submission number in the group, from 0.
+        index: submission number in the request: of its first group from 0, of a later one from ``first``.
         state: ``finished``; ``stopped_early`` (cancelled by the strategy); ``failed``.
         text: the generated text (reasoning split off where the engine has a parser for it).
         finish_reason: OpenAI's (``stop``, ``length``, ``tool_calls``), empty unless finished.
@@ -66,6 +67,25 @@ class GroupUsage:
     prefill: str = ""
 
 
+def as_one(usages: Sequence[GroupUsage]) -> GroupUsage:
+    """The usage of several groups of one prompt (waves): the prompt counts once, with what the first of
+    them found in a cache; generated tokens and KV records add up."""
+    if len(usages) == 1:
+        return usages[0]
+    first = max(usages, key=lambda usage: usage.prompt_tokens)  # the first of the largest
+    records: dict[str, list[KvRecord]] = {}
+    for usage in usages:
+        for worker, record in usage.kv.items():
+            records.setdefault(worker, []).append(record)
+    return GroupUsage(
+        first.prompt_tokens,
+        first.cached_tokens,
+        sum(usage.completion_tokens for usage in usages),
+        {worker: merge(of_one) for worker, of_one in records.items()},
+        ",".join(dict.fromkeys(usage.prefill for usage in usages if usage.prefill)),
+    )
+
+
 class Group(Protocol):
     """N samples of one prompt. An async context manager: leaving it cancels what still runs, waits
     until that has ended, and completes :attr:`usage`."""
@@ -87,9 +107,12 @@ class Group(Protocol):
 class Sampler(Protocol):
     """What a strategy may ask for."""
 
-    def group(self, body: Mapping[str, Any], n: int) -> Group:
+    def group(self, body: Mapping[str, Any], n: int, first: int = 0) -> Group:
         """Open a group: ``n`` samples of the OpenAI chat or completion ``body`` (its ``n`` and
-        ``stream`` are ignored). Nothing runs before ``__aenter__``.
+        ``stream`` are ignored), numbered from ``first``. Nothing runs before ``__aenter__``.
+
+        With a seed, a sample is a function of body, seed and number: give each sample of a request a
+        number of its own, and it is the same however the request is cut into groups.
 
         Raises (from ``__aenter__`` or iteration): a :class:`braid.errors.BraidError` when no sample
         could be produced."""

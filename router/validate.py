@@ -121,6 +121,11 @@ def validate(endpoint: Endpoint, body: dict[str, Any], max_n: int) -> Request:
     )
 
 
+def prompt_chars(body: Json) -> int:
+    """Characters of a body's prompt, or its token ids; raises :class:`BadRequest` if it has none."""
+    return _check_messages(body["messages"]) if "messages" in body else _check_prompt(body.get("prompt"))[1]
+
+
 # Rules of single fields
 
 

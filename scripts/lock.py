@@ -29,10 +29,12 @@ FLAVORS = ("cpu", "cuda", "core")
 # compiles for GPUs only.
 LEFT_OUT_ON_CPU = ("torch", "torchvision", "torchaudio", "torchcodec", "triton")
 
-# What `tool.uv.environments` in pyproject.toml adds to each entry.
+# What `tool.uv.environments` in pyproject.toml adds to each entry, in the words of older and newer uv.
 EVERYWHERE = (
     "(python_full_version < '3.15' and platform_machine == 'aarch64' and sys_platform == 'linux')"
-    " or (python_full_version < '3.15' and platform_machine == 'x86_64' and sys_platform == 'linux')"
+    " or (python_full_version < '3.15' and platform_machine == 'x86_64' and sys_platform == 'linux')",
+    "python_full_version < '3.15' and ((platform_machine == 'aarch64' and sys_platform == 'linux')"
+    " or (platform_machine == 'x86_64' and sys_platform == 'linux'))",
 )
 
 HEADER = """\
@@ -97,7 +99,8 @@ def parse(text: str) -> dict[str, str]:
         if line.startswith("#") or not line.strip():
             continue
         if not line.startswith(" "):
-            line = line.replace(f" ; {EVERYWHERE}", "")
+            for marker in EVERYWHERE:
+                line = line.replace(f" ; {marker}", "")
             key = line.rstrip(" \\")
             entries[key] = ""
         entries[key] += line + "\n"

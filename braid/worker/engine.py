@@ -6,15 +6,22 @@ import json
 import os
 import secrets
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from braid import wire
 from braid.settings import DecodeSettings, PrefillSettings, WorkerSettings, is_loopback
-from braid.worker.fingerprint import fingerprint, model_digest
+from braid.worker.fingerprint import Traits, fingerprint, group_trait, model_digest
 from kvtransfer.control import ControlServer
+from kvtransfer.plan import Blocking, heads_of, hit_unit
 from kvtransfer.wire import Ready
+
+if TYPE_CHECKING:
+    from kvtransfer.adapter.layout import GroupInfo
 
 _SOCKET_PATH_MAX = 100
 """Unix socket paths are limited to 107 bytes."""
@@ -29,6 +36,8 @@ class Engine:
         app: vLLM's FastAPI application over it, state initialised.
         control: link to the transfer ends in the engine's workers.
         args: the parsed vLLM arguments.
+        groups: of the KV cache.
+        kv_heads: KV heads over all ranks, 0 if blocks can't be split by head.
     """
 
     llm: Any
@@ -36,12 +45,25 @@ class Engine:
     control: ControlServer
     args: Any
     epoch: int
-    fingerprint: str
     endpoints: tuple[str, ...]
+    groups: tuple[Blocking, ...]
+    kv_heads: int
+    traits: Traits
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal on two workers only if one may read the other's KV."""
+        return fingerprint(self.traits)
+
+    @property
+    def ranks(self) -> int:
+        """Tensor-parallel degree."""
+        return len(self.control.ranks)
 
     @property
     def block_size(self) -> int:
-        return int(self.llm.vllm_config.cache_config.block_size)
+        """Tokens that are shared or not as a whole: a block, of the largest group if they differ."""
+        return hit_unit(self.groups)
 
     @property
     def blocks(self) -> int:
@@ -100,6 +122,8 @@ async def start_engine(
     from vllm.entrypoints.launchers.app import build_app
     from vllm.usage.usage_lib import UsageContext
 
+    from kvtransfer.adapter.layout import GroupInfo, check_config
+
     epoch = secrets.randbits(63)
     endpoint = f"ipc://{sockets}/kv"
     control = ControlServer(endpoint)
@@ -107,12 +131,16 @@ async def start_engine(
     config = AsyncEngineArgs.from_cli_args(args).create_engine_config(
         usage_context=UsageContext.OPENAI_API_SERVER
     )
+    check_config(config, _role(settings))
     llm = llm_class.from_vllm_config(
         vllm_config=config,
         usage_context=UsageContext.OPENAI_API_SERVER,
         disable_log_stats=args.disable_log_stats,
     )
     ready = await control.wait_ready(config.parallel_config.world_size)
+    layout = await llm.engine_core.call_utility_async("braid_layout")
+    infos = msgspec.convert(layout["groups"], tuple[GroupInfo, ...])
+    kv_heads = _kv_heads(int(layout["heads"]), ready)
     tasks = await llm.get_supported_tasks()
     app = build_app(args, tasks, llm.model_config)
     await init_app_state(llm, app.state, args, tasks)
@@ -122,8 +150,10 @@ async def start_engine(
         control=control,
         args=args,
         epoch=epoch,
-        fingerprint=_fingerprint(settings, config, ready),
         endpoints=tuple(_advertised(settings, r.endpoint) for r in ready if r.endpoint),
+        groups=tuple(info.blocking for info in infos),
+        kv_heads=kv_heads,
+        traits=_traits(settings, config, ready, infos, kv_heads, layout["sliceable"]),
     )
 
 
@@ -143,6 +173,9 @@ def hello(engine: Engine, role: wire.Role, name: str, http: str) -> wire.Hello:
         fingerprint=engine.fingerprint,
         vllm_version=vllm.__version__,
         kv_endpoints=engine.endpoints,
+        ranks=engine.ranks,
+        kv_heads=engine.kv_heads,
+        traits=engine.traits,
         http=http,
     )
 
@@ -157,6 +190,7 @@ def _transfer_config(settings: WorkerSettings, name: str, epoch: int, control: s
         "keys_dir": str(settings.keys_dir or ""),
         "transports": list(settings.kv_transports),
         "lanes": settings.kv_lanes,
+        "host": settings.kv_host,
     }
     if isinstance(settings, PrefillSettings):
         options |= {
@@ -165,6 +199,7 @@ def _transfer_config(settings: WorkerSettings, name: str, epoch: int, control: s
             "lease_s": settings.lease_s,
             "piece_bytes": settings.kv_piece_bytes,
             "check": settings.kv_check,
+            "codec": settings.kv_codec.replace("none", ""),
         }
     return json.dumps(
         {
@@ -196,19 +231,46 @@ def _parse(settings: WorkerSettings, engine_args: list[str], transfer: str) -> A
     return args
 
 
-def _fingerprint(settings: WorkerSettings, config: Any, ready: list[Ready]) -> str:
+def _kv_heads(heads: int, ready: Sequence[Ready]) -> int:
+    """The model's KV heads if every rank tells its share of them apart, else 0."""
+    try:
+        shares = [len(heads_of(heads, len(ready), r.rank)) for r in ready]
+    except ValueError:
+        return 0
+    split = all(shape.heads == share for r, share in zip(ready, shares, strict=True) for shape in r.shapes)
+    return heads if split else 0
+
+
+def _traits(
+    settings: WorkerSettings,
+    config: Any,
+    ready: Sequence[Ready],
+    infos: Sequence[GroupInfo],
+    kv_heads: int,
+    sliceable: bool,
+) -> Traits:
     import vllm
 
     model = config.model_config
-    return fingerprint(
-        model=model_digest(settings.model, model.revision),
-        vllm_version=vllm.__version__,
-        dtype=str(model.dtype),
-        kv_dtype=str(config.cache_config.cache_dtype),
-        quantization=str(model.quantization),
-        block_size=int(config.cache_config.block_size),
-        layouts=[f"{r.layout} {r.shapes}" for r in ready],
+    groups = [
+        group_trait(info.kind, info.window, info.layers, shape.row_bytes, info.block_size)
+        for info, shape in zip(infos, ready[0].shapes, strict=True)
+    ]
+    return (
+        ("model", model_digest(settings.model, model.revision)),
+        ("vLLM version", vllm.__version__),
+        ("dtype", str(model.dtype)),
+        ("KV dtype", str(config.cache_config.cache_dtype)),
+        ("quantization", str(model.quantization)),
+        ("kernels", ", ".join(sorted({r.layout for r in ready}))),
+        ("KV heads", str(kv_heads or f"not split over {len(ready)} ranks")),
+        ("KV cache groups", "; ".join(groups)),
+        ("block size", "any" if sliceable else ", ".join(str(info.block_size) for info in infos)),
     )
+
+
+def _role(settings: PrefillSettings | DecodeSettings) -> wire.Role:
+    return "prefill" if isinstance(settings, PrefillSettings) else "decode"
 
 
 def _advertised(settings: WorkerSettings, endpoint: str) -> str:

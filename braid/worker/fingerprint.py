@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
+Traits = tuple[tuple[str, str], ...]
+"""(name, value) of each thing that must be equal on both."""
 _EDGE = 1024 * 1024
 """Bytes hashed at each end of a weight file; the whole of a large model takes minutes to read."""
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
@@ -33,16 +36,14 @@ def model_digest(model: str, revision: str | None) -> str:
     return digest.hexdigest()
 
 
-def fingerprint(
-    *,
-    model: str,
-    vllm_version: str,
-    dtype: str,
-    kv_dtype: str,
-    quantization: str,
-    block_size: int,
-    layouts: list[str],
-) -> str:
-    """One short string of all that must be equal: ``layouts`` has one entry a tensor-parallel rank."""
-    parts = [model, vllm_version, dtype, kv_dtype, quantization, str(block_size), *layouts]
+def fingerprint(traits: Traits) -> str:
+    """One short string of traits, which keep their order."""
+    parts = [part for trait in traits for part in trait]
     return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
+
+
+def group_trait(kind: str, window: int, layers: Sequence[str], row_bytes: int, block_size: int) -> str:
+    """A KV cache group in words: its layers, and what a head of one of them keeps a token."""
+    names = hashlib.blake2b("\0".join(layers).encode(), digest_size=4).hexdigest()
+    seen = f" of {window} tokens" if window else ""
+    return f"{kind}{seen}, {len(layers)} layers {names}, {row_bytes / block_size:g} bytes"

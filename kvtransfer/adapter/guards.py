@@ -13,6 +13,9 @@ import numpy as np
 TOUCHPOINTS = (
     "vllm.v1.engine.core.EngineCore.scheduler",
     "vllm.v1.engine.core.EngineCore.request_block_hasher",
+    "vllm.v1.engine.core.EngineCore.vllm_config",
+    "vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorBase_V1._kv_cache_config",
+    "vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorBase_V1._vllm_config",
     "vllm.v1.worker.gpu_model_runner.GPUModelRunner._sample",
     "vllm.v1.worker.gpu_model_runner.GPUModelRunner._bookkeeping_sync",
     "vllm.distributed.device_communicators.shm_broadcast.SpinCondition.wait",
@@ -86,6 +89,31 @@ def guard_seeded_chunks() -> None:
 
     GPUModelRunner._sample = guarded_sample
     GPUModelRunner._bookkeeping_sync = guarded_bookkeep
+
+
+def guard_drafts() -> None:
+    """Let a speculating engine sample with a temperature, ``top_k`` or ``top_p`` on the CPU.
+
+    vLLM's kernel that repeats these for each draft writes into a copy, so the drafts are judged with whatever
+    lay in memory: a wrong temperature gives wrong samples, a wrong ``top_k`` ends the engine. In a step
+    without drafts the largest of no ``top_k`` ends it too. Here torch repeats them, and no draft is no work.
+    """
+    from vllm.v1.sample import rejection_sampler
+
+    constrain = rejection_sampler.apply_sampling_constraints
+
+    def guarded(logits: Any, *args: Any, **kwargs: Any) -> Any:
+        return constrain(logits, *args, **kwargs) if logits.shape[0] else logits
+
+    def expand(
+        x: Any, cu_num_tokens: Any, num_tokens: int, replace_from: int = 0, replace_to: int = 0
+    ) -> Any:
+        counts = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1)).long()
+        expanded = x.repeat_interleave(counts, output_size=num_tokens)
+        return expanded.masked_fill(expanded == replace_from, replace_to)
+
+    rejection_sampler.apply_sampling_constraints = guarded
+    rejection_sampler.expand_batch_to_tokens = expand
 
 
 def _discarded(runner: Any) -> list[int]:

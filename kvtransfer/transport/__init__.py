@@ -63,8 +63,15 @@ class Parcel:
     heads: tuple[int, int]
 
     @property
+    def whole(self) -> bool:
+        """Whether nothing of the piece is left out."""
+        return self.skip == 0 and self.heads == (0, self.piece.rows.shape[2])
+
+    @property
     def rows(self) -> Any:
-        """A view ``[layers, count - skip, heads, row_bytes]``, contiguous only if nothing is left out."""
+        """A view ``[layers, count - skip, heads, row_bytes]``, contiguous only if it is ``whole``."""
+        if self.whole:
+            return self.piece.rows
         return self.piece.rows[:, self.skip :, self.heads[0] : self.heads[1]]
 
     @property
@@ -87,7 +94,8 @@ class Sender(Protocol):
             subscriptions is used again only when they have ended or their deadline has passed.
     """
 
-    outlives: bool
+    @property
+    def outlives(self) -> bool: ...
 
     def send(self, parcel: Parcel, digest: int) -> None:
         """Announce a parcel on the control lane and let its bytes go.

@@ -136,4 +136,6 @@ def rows_at(memory: torch.Tensor, message: wire.Blocks, shape: wire.Shape, heads
     if not inside or message.heads != shape.heads:
         raise wire.KvWireError(f"{nbytes} bytes at {message.at} are not in the arena of {len(memory)}")
     rows = memory[message.at : message.at + nbytes].view(shape.layers, count, shape.heads, shape.row_bytes)
+    if message.skip == 0 and heads == (0, shape.heads):
+        return rows
     return rows[:, message.skip :, heads[0] : heads[1]]

@@ -2,59 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
-from pydantic import ValidationError
-
 from braid.errors import BadRequest
-from router.sampler import Answer
-from router.strategies import best_of_n, cot, direct, self_consistency
+from router.strategies import (
+    adaptive_consistency,
+    best_of_n,
+    car,
+    cot,
+    direct,
+    early_stopping_consistency,
+    first_finish,
+    mbr,
+    mixture_of_agents,
+    plugins,
+    rejection_sampling,
+    rollouts,
+    self_consistency,
+    self_refine,
+    universal_consistency,
+)
 from router.strategies.options import Options
+from router.strategies.spec import StrategySpec
 
 
-@dataclass(frozen=True, slots=True)
-class StrategySpec:
-    """A strategy as the router sees it.
-
-    Attributes:
-        name: what a request calls it.
-        options: the model of its options; its JSON schema documents them.
-        run: ``async run(sampler, body, options, progress) -> Answer``.
-    """
-
-    name: str
-    options: type[Options]
-    run: Callable[..., Awaitable[Answer]]
-
-    def parse(self, reasoning: Mapping[str, Any]) -> Options:
-        """The options in a request's ``reasoning`` (its ``strategy`` is passed over).
-
-        Raises:
-            BadRequest: naming the field, and never its value.
-        """
-        given = {key: value for key, value in reasoning.items() if key != "strategy"}
-        try:
-            return self.options.model_validate(given)
-        except ValidationError as error:
-            first = error.errors(include_input=False, include_url=False, include_context=False)[0]
-        field = ".".join(["reasoning", *map(str, first["loc"])])
-        if first["type"] == "extra_forbidden":
-            takes = ", ".join(sorted(self.options.model_fields))
-            raise BadRequest(f"{self.name} takes no such option; it takes {takes}", param=field[:200])
-        raise BadRequest(f"{field}: {first['msg']}", param=field)
+def _built_in(module: ModuleType, options: type[Options]) -> StrategySpec:
+    """A strategy is named as its file, and told by the first line of its docstring."""
+    name = module.__name__.rpartition(".")[2]
+    return StrategySpec(name, options, module.run, (module.__doc__ or "").partition("\n")[0])
 
 
 _SPECS = {
     spec.name: spec
     for spec in (
-        StrategySpec("direct", direct.DirectOptions, direct.run),
-        StrategySpec("cot", cot.CotOptions, cot.run),
-        StrategySpec("self_consistency", self_consistency.SelfConsistencyOptions, self_consistency.run),
-        StrategySpec("best_of_n", best_of_n.BestOfNOptions, best_of_n.run),
+        _built_in(direct, direct.DirectOptions),
+        _built_in(cot, cot.CotOptions),
+        _built_in(self_consistency, self_consistency.SelfConsistencyOptions),
+        _built_in(best_of_n, best_of_n.BestOfNOptions),
+        _built_in(adaptive_consistency, adaptive_consistency.AdaptiveConsistencyOptions),
+        _built_in(early_stopping_consistency, early_stopping_consistency.EarlyStoppingConsistencyOptions),
+        _built_in(universal_consistency, universal_consistency.UniversalConsistencyOptions),
+        _built_in(mbr, mbr.MbrOptions),
+        _built_in(rejection_sampling, rejection_sampling.RejectionSamplingOptions),
+        _built_in(rollouts, rollouts.RolloutsOptions),
+        _built_in(car, car.CarOptions),
+        _built_in(first_finish, first_finish.FirstFinishOptions),
+        _built_in(self_refine, self_refine.SelfRefineOptions),
+        _built_in(mixture_of_agents, mixture_of_agents.MixtureOfAgentsOptions),
     )
 }
+_OWN = frozenset(_SPECS)
 
 
 def names() -> tuple[str, ...]:
@@ -74,3 +72,19 @@ def get(name: str) -> StrategySpec:
             f"no such strategy; there are {', '.join(_SPECS)}", param="reasoning.strategy", code="strategy"
         )
     return spec
+
+
+def describe(**defaults: Any) -> list[dict[str, Any]]:
+    """Every strategy as in ``GET /v1/strategies``; ``defaults`` are the router's, by option."""
+    return [spec.describe(**defaults) for spec in _SPECS.values()]
+
+
+def load_plugins() -> None:
+    """Add what installed packages offer (:mod:`router.strategies.plugins`). At start, once; again replaces
+    what was added before."""
+    for name in _SPECS.keys() - _OWN:
+        del _SPECS[name]
+    _SPECS.update({spec.name: spec for spec in plugins.load(_OWN)})
+
+
+__all__ = ["StrategySpec", "describe", "get", "load_plugins", "names"]

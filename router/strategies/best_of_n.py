@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from router.sampler import Answer, Progress, Sampler
-from router.strategies.collect import Run, collect, conclude, most_confident
+from router.strategies.collect import Run, collect, conclude
 from router.strategies.options import ManyOptions
-from router.strategies.prompt import with_sampling, with_trigger
+from router.strategies.prompt import sampled
+from router.strategies.scored import finite, most_confident
 
 
 class BestOfNOptions(ManyOptions):
@@ -34,14 +34,13 @@ async def run(
 
     got = await collect(
         sampler,
-        with_sampling(with_trigger(body, options.trigger) if options.cot else body, options.n),
+        sampled(body, options),
         options,
         progress,
         standing=best,
     )
     chosen = most_confident(got.finished)
-    reward = chosen.sample.mean_logprob
-    fields: dict[str, Any] = {"reward": round(reward, 6) if math.isfinite(reward) else None}
+    fields: dict[str, Any] = {"reward": finite(chosen.sample.mean_logprob)}
     if fields["reward"] is None:
         fields["note"] = "no sample's log-probability is known; the first that finished is returned"
-    return await conclude("best_of_n", got, options, progress, chosen, **fields)
+    return await conclude("best_of_n", got, chosen, **fields)

@@ -27,4 +27,4 @@ async def run(sampler: Sampler, body: Mapping[str, Any], options: CotOptions, pr
     the answer is extracted from the reasoning instead of asked for in a second prompt.
     """
     got = await collect(sampler, with_trigger(body, options.trigger), options, progress)
-    return await conclude("cot", got, options, progress, got.finished[0])
+    return await conclude("cot", got, got.finished[0])

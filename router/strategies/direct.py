@@ -19,4 +19,4 @@ async def run(
 ) -> Answer:
     """One sample of the prompt."""
     got = await collect(sampler, body, options, progress)
-    return await conclude("direct", got, options, progress, got.finished[0])
+    return await conclude("direct", got, got.finished[0])

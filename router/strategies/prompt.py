@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from braid.errors import BadRequest
+from router.strategies.options import ManyOptions
 
 
 def with_trigger(body: Mapping[str, Any], trigger: str) -> dict[str, Any]:
@@ -48,6 +49,11 @@ def _content(content: Any, trigger: str) -> Any:
     return [*content, {"type": "text", "text": trigger}]
 
 
+def sampled(body: Mapping[str, Any], options: ManyOptions) -> dict[str, Any]:
+    """The body of N samples to choose from: the trigger if ``cot`` is on, and a temperature."""
+    return with_sampling(with_trigger(body, options.trigger) if options.cot else body, options.n)
+
+
 def with_sampling(body: Mapping[str, Any], n: int) -> dict[str, Any]:
     """``body`` with OpenAI's default temperature of 1.0 where it gives none, whatever the model's own
     default is: samples must differ for a choice among them to mean something.
@@ -65,3 +71,24 @@ def with_sampling(body: Mapping[str, Any], n: int) -> dict[str, Any]:
             param="temperature",
         )
     return dict(body)
+
+
+_SHAPE = ("tools", "tool_choice", "parallel_tool_calls", "response_format", "structured_outputs", "functions")
+
+
+def in_prose(body: Mapping[str, Any]) -> dict[str, Any]:
+    """``body`` without what forces the shape of the client's answer (tools, a schema, stop strings): for
+    calls whose answer the strategy reads itself."""
+    return {key: value for key, value in body.items() if key not in (*_SHAPE, "stop", "min_tokens")}
+
+
+def with_turn(body: Mapping[str, Any], said: str, reply: str) -> dict[str, Any]:
+    """``body`` followed by ``said`` in the model's name and by ``reply`` in the user's.
+
+    Raises:
+        BadRequest: the prompt is not one text.
+    """
+    if "messages" in body:
+        turns = [{"role": "assistant", "content": said}, {"role": "user", "content": reply}]
+        return {**body, "messages": [*body["messages"], *turns]}
+    return {**body, "prompt": _prompt(body.get("prompt"), f"{said}\n\n{reply}\n")}

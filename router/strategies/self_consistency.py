@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from router.sampler import Answer, Progress, Sampler
-from router.strategies.collect import Run, collect, conclude, most_confident
+from router.strategies.ballots import conclude_vote, votes_of
+from router.strategies.collect import Run, collect
 from router.strategies.options import ManyOptions
-from router.strategies.prompt import with_sampling, with_trigger
-from router.strategies.voting import Ballot, Votes, confidence, is_decided, tally, weight_of
+from router.strategies.prompt import sampled
+from router.strategies.scored import Scored
+from router.strategies.voting import Votes, is_decided, weight_of
 
 
 class SelfConsistencyOptions(ManyOptions):
@@ -30,39 +32,21 @@ async def run(
     cannot change the winner (v1 - v2 > outstanding), which is safe in any completion order.
     """
 
+    def weight(one: Scored) -> float:
+        return 1.0 if options.weight == "uniform" else weight_of(one.sample.mean_logprob)
+
     def votes(so_far: Run) -> list[Votes]:
-        return tally(
-            Ballot(
-                one.sample.index,
-                one.answer,
-                one.key,
-                1.0 if options.weight == "uniform" else weight_of(one.sample.mean_logprob),
-            )
-            for one in so_far.ended
-            if one.answer is not None and one.key is not None
-        )
+        return votes_of(so_far.ended, weight)
+
+    def settled(so_far: Run) -> str | None:
+        return "decided" if is_decided(votes(so_far), so_far.outstanding) else None
 
     got = await collect(
         sampler,
-        with_sampling(with_trigger(body, options.trigger) if options.cot else body, options.n),
+        sampled(body, options),
         options,
         progress,
         standing=lambda so_far: {"votes": [one.report() for one in votes(so_far)]},
-        settled=lambda so_far: options.early_stop and is_decided(votes(so_far), so_far.outstanding),
+        settled=settled if options.early_stop else None,
     )
-    cast = votes(got)
-    if not cast:
-        note = "no sample has an answer that the extractor finds; the most confident sample is returned"
-        return await conclude(
-            "self_consistency", got, options, progress, most_confident(got.finished), note=note
-        )
-    return await conclude(
-        "self_consistency",
-        got,
-        options,
-        progress,
-        most_confident(one for one in got.finished if one.sample.index in cast[0].indices),
-        answer=cast[0].answer,
-        votes=[one.report() for one in cast],
-        confidence=confidence(cast),
-    )
+    return await conclude_vote("self_consistency", got, votes(got))

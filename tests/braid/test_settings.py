@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from braid import cli
-from braid.settings import ProcessSettings, RouterSettings, is_loopback
+from braid.settings import DecodeSettings, ProcessSettings, RouterSettings, is_loopback
 
 
 @pytest.fixture
@@ -101,4 +101,6 @@ def test_a_transport_without_encryption_is_refused_beside_keys_unless_wanted(tmp
     flags = ["--model", "m", "--keys-dir", str(tmp_path), "--kv-transports", "nixl,zmq"]
     with pytest.raises(cli.UsageError, match="kv_plaintext"):
         parse("decode", *flags)
-    assert parse("decode", *flags, "--kv-plaintext").kv_transports == ("nixl", "zmq")
+    settings = parse("decode", *flags, "--kv-plaintext")
+    assert isinstance(settings, DecodeSettings)
+    assert settings.kv_transports == ("nixl", "zmq")

@@ -6,15 +6,19 @@ import asyncio
 from typing import Any
 
 from kvtransfer import wire as kv
+from kvtransfer.plan import Blocking, needed_blocks
 
 BLOCK_SIZE = 4
 
 
 class FakeControl:
-    """One rank whose loads end when the test says so; it fails the test for overlapping lives."""
+    """Ranks whose loads end when the test says so; it fails the test for overlapping lives.
+
+    ``sent``: what every rank was told, by rank, of each load.
+    """
 
     def __init__(self, journal: list[str]) -> None:
-        self.ranks = {b"0": None}
+        self.sent: list[list[kv.Load]] = []
         self.loads: asyncio.Queue[kv.Load] = asyncio.Queue()
         self.unloads: asyncio.Queue[kv.Unload] = asyncio.Queue()
         self.slow_unload = False
@@ -25,10 +29,11 @@ class FakeControl:
         return self._waiting.setdefault(key, asyncio.get_running_loop().create_future())
 
     async def send(self, commands: list[kv.Command]) -> None:
-        (command,) = commands
-        assert isinstance(command, kv.Load)
-        self._journal.append(f"load {command.key.attempt}")
-        self.loads.put_nowait(command)
+        loads = [command for command in commands if isinstance(command, kv.Load)]
+        assert len(loads) == len(commands)
+        self.sent.append(loads)
+        self._journal.append(f"load {loads[0].key.attempt}")
+        self.loads.put_nowait(loads[0])
 
     async def broadcast(self, command: kv.Command) -> None:
         assert isinstance(command, kv.Unload)
@@ -36,16 +41,19 @@ class FakeControl:
         if not self.slow_unload:
             self.end(command.key, kv.Failed(command.key, command.reason))
 
-    def end(self, key: kv.Key, event: kv.Event) -> None:
-        """A load ends: from here on nothing writes its blocks."""
+    def end(self, key: kv.Key, *events: kv.Event) -> None:
+        """A load ends on every rank: from here on nothing writes its blocks."""
         self._journal.append(f"ended {key.attempt}")
-        self._waiting.pop(("load", key)).set_result([event])
+        self._waiting.pop(("load", key)).set_result(list(events))
 
 
 class FakeEngine:
-    """``cached``: blocks the prefix cache has. ``full``: times the pool has no room."""
+    """``cached``: blocks of each group the prefix cache has. ``full``: times the pool has no room."""
 
-    def __init__(self, blocks: int = 100) -> None:
+    def __init__(self, blocks: int = 100, *windows: int, ranks: int = 1, kv_heads: int = 2) -> None:
+        self.groups = (Blocking(BLOCK_SIZE), *(Blocking(BLOCK_SIZE, window) for window in windows))
+        self.ranks = ranks
+        self.kv_heads = kv_heads
         self.journal: list[str] = []
         self.control = FakeControl(self.journal)
         self.blocks = blocks
@@ -63,9 +71,13 @@ class FakeEngine:
             if self.full:
                 self.full -= 1
                 return None
-            count = -(-len(args[1]) // BLOCK_SIZE)
-            self.begun[name] = count
-            return {"cached": self.cached, "blocks": list(range(1, count + 1))}
+            needed = [needed_blocks(len(args[1]), group, BLOCK_SIZE) for group in self.groups]
+            self.begun[name] = sum(len(blocks) for blocks in needed)
+            spans = [
+                (group, first := max(blocks.start, self.cached), [i + 1 for i in range(first, blocks.stop)])
+                for group, blocks in enumerate(needed)
+            ]
+            return {"cached": self.cached * BLOCK_SIZE, "spans": spans}
         if method == "braid_release":
             self.begun.pop(name, None)
         return None

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from braid import wire
 from braid.worker.prompt import Prompt
@@ -59,7 +60,7 @@ async def loading(engine: FakeEngine) -> kv.Load:
 
 
 def loaded(load: kv.Load) -> kv.Loaded:
-    return kv.Loaded(load.key, 100, len(load.block_ids), 0.5, 0.25)
+    return kv.Loaded(load.key, 100, sum(len(s.block_ids) for s in load.spans), 0.5, 0.25, 0.125, "zmq", 0)
 
 
 async def cancel(task: asyncio.Task[Any]) -> None:
@@ -72,10 +73,14 @@ async def test_a_prompt_is_loaded_committed_and_released(engine: FakeEngine, pre
     engine.cached = 1
     task = acquire(prefixes, Source(ticket(), ""))
     load = await loading(engine)
-    assert (load.first, load.block_ids, load.tokens) == (1, (2, 3), 11)
+    assert (load.spans, load.tokens) == ((kv.Span(0, 1, (2, 3)),), 11)
+    assert load.sources == (kv.Source("tcp://p:1", 7, 0, 2, 0),)
     engine.control.end(load.key, loaded(load))
     held = await task
-    assert held.record == wire.KvRecord("remote", 1, 100, 2, 1, wait_s=0.5, wire_s=0.25)
+    assert replace(held.record, queue_s=0.0) == wire.KvRecord(
+        "remote", 1, 100, 2, 1, wait_s=0.5, wire_s=0.25, scatter_s=0.125, transport="zmq"
+    )
+    assert held.cached == BLOCK_SIZE
     assert prefixes.held_blocks == 3
     for _ in range(2):
         prefixes.release(held)
@@ -107,9 +112,62 @@ async def test_a_failed_load_is_recomputed(engine: FakeEngine, prefixes: Prefixe
     assert engine.count("commit i0") == 0
 
 
-async def test_a_ticket_for_another_number_of_ranks_is_refused(prefixes: Prefixes) -> None:
+async def test_ranks_that_cannot_be_paired_are_refused(engine: FakeEngine, prefixes: Prefixes) -> None:
+    engine.kv_heads = 0
     held = await prefixes.acquire(prompt(), 0, Source(ticket(endpoints=("tcp://a:1", "tcp://b:1")), ""))
     assert held.record.reason == "ranks_differ"
+
+
+async def test_each_rank_reads_its_heads_from_the_ranks_that_hold_them() -> None:
+    one = FakeEngine(kv_heads=4)
+    await _loaded(one, ticket(endpoints=("tcp://a:1", "tcp://b:1")))
+    a, b = kv.Source("tcp://a:1", 7, 0, 2, 0), kv.Source("tcp://b:1", 7, 0, 2, 2)
+    assert [load.sources for load in one.control.sent[0]] == [(a, b)]
+    two = FakeEngine(kv_heads=4, ranks=2)
+    await _loaded(two, ticket())
+    halves = [(kv.Source("tcp://p:1", 7, first, first + 2, 0),) for first in (0, 2)]
+    assert [load.sources for load in two.control.sent[0]] == halves
+
+
+async def _loaded(engine: FakeEngine, of: wire.Ticket) -> None:
+    prefixes = make(engine)
+    task = acquire(prefixes, Source(of, ""))
+    load = await loading(engine)
+    engine.control.end(load.key, *(loaded(load) for _ in range(engine.ranks)))
+    held = await task
+    assert held.record.nbytes == 100 * engine.ranks
+    prefixes.release(held)
+    await until(lambda: prefixes.idle)
+
+
+async def test_a_load_says_how_large_the_producers_blocks_are(engine: FakeEngine) -> None:
+    await _loaded(engine, wire.Ticket(b"t" * 16, 1, "p0", 7, ("tcp://p:1",), "fp", (1,), 8))
+    assert [load.block_size for load in engine.control.sent[0]] == [8]
+
+
+async def test_a_load_that_fails_on_one_rank_is_not_committed() -> None:
+    engine = FakeEngine(ranks=2)
+    prefixes = make(engine)
+    task = acquire(prefixes, Source(ticket(), ""))
+    load = await loading(engine)
+    engine.control.end(load.key, loaded(load), kv.Failed(load.key, "corrupt"))
+    held = await task
+    assert (held.name, held.record.path, held.record.reason) == (None, "recomputed", "corrupt")
+    await until(lambda: prefixes.idle)
+    assert engine.count("commit i0") == 0
+
+
+async def test_of_a_windowed_group_only_what_the_samples_see_is_loaded_and_counted() -> None:
+    engine = FakeEngine(200, 5)
+    prefixes = make(engine)
+    task = acquire(prefixes, Source(ticket(), ""), 6)
+    load = await loading(engine)
+    assert load.spans == (kv.Span(0, 0, (1, 2, 3, 4, 5, 6)), kv.Span(1, 4, (5, 6)))
+    engine.control.end(load.key, loaded(load))
+    held = await task
+    assert prefixes.held_blocks == held.blocks == 8
+    prefixes.release(held)
+    await until(lambda: prefixes.idle)
 
 
 async def test_the_budget_is_given_first_come_first_served(engine: FakeEngine, prefixes: Prefixes) -> None:

@@ -27,7 +27,6 @@ class ScriptedLLM:
         self.scripts = scripts or {}
         self.asked: dict[str, Any] = {}
         self.ended: list[str] = []
-        self.vllm_config = SimpleNamespace(cache_config=SimpleNamespace(block_size=BLOCK))
 
     async def plain(self, prompt: Any, params: Any, request_id: str, **options: Any) -> AsyncIterator[Any]:
         from vllm.sampling_params import RequestOutputKind
@@ -76,7 +75,7 @@ class Run:
         self.job = Job(Source(None, ""), SimpleNamespace(), first)  # type: ignore[arg-type]
         if report:
             self.job.on_sample = lambda *what: self.reports.append(what)
-        self.held = Held("i0", wire.KvRecord("remote", blocks_cached=1))
+        self.held = Held("i0", wire.KvRecord("remote", blocks_cached=1), cached=BLOCK)
         self.samples = _Samples(llm, self.job, 0, self.held, "prompt", self.params, "r", {})  # type: ignore[arg-type]
 
     async def outputs(self) -> list[Any]:
@@ -114,7 +113,7 @@ async def test_deltas_come_as_they_are_made_under_their_index() -> None:
 
 async def test_each_sample_is_a_request_of_its_own() -> None:
     from decode_server.seeds import sample_seed
-    from kvtransfer.adapter.connector import PARAM
+    from kvtransfer.adapter.options import PARAM
 
     llm = ScriptedLLM()
     await Run(llm, 2, final=True, first=3, seed=11, extra_args={"kv_transfer_params": "x", "a": 1}).outputs()

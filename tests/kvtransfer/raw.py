@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import time
 from collections.abc import Sequence
@@ -70,7 +71,8 @@ class RawConsumer:
         self._socket.setsockopt(zmq.RCVTIMEO, int(DEADLINE_S * 1000))
         self._socket.connect(endpoint)
         self.id = secrets.token_bytes(16)
-        self.offers = tuple((name, ONE_LANE if name == "zmq" else b"") for name in offers)
+        data = {"zmq": ONE_LANE, "shm": msgspec.msgpack.encode(os.getpid())}
+        self.offers = tuple((name, data.get(name, b"")) for name in offers)
         if greet:
             self.greet(1)
             self.expect(wire.Welcome)

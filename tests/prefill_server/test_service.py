@@ -13,6 +13,7 @@ import pytest
 from braid import wire
 from braid.worker.prompt import Prompt
 from kvtransfer import wire as kv
+from kvtransfer.plan import CHAIN_TOKENS, Blocking
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # importing vLLM can take minutes on a busy machine
 
@@ -36,6 +37,10 @@ class FakeControl:
 
     def forget(self, key: object) -> None:
         self._waiting.pop(key, None)
+
+    async def send(self, commands: list[kv.Command]) -> None:
+        self.sent += commands[1:]
+        await self.broadcast(commands[0])
 
     async def broadcast(self, command: kv.Command) -> None:
         self.sent.append(command)
@@ -65,13 +70,27 @@ class Stand:
         self.app: App = prefilled
         self.bodies: list[bytes] = []
         self.sent: asyncio.Queue[Any] = asyncio.Queue()
-        engine = SimpleNamespace(
-            app=self._serve, control=self.control, epoch=EPOCH, block_size=4, fingerprint="fp"
+        self.engine = SimpleNamespace(
+            app=self._serve,
+            control=self.control,
+            epoch=EPOCH,
+            block_size=4,
+            fingerprint="fp",
+            groups=(Blocking(4), Blocking(4, 2)),
+            kv_heads=2,
+            ranks=1,
         )
-        self.service = PrefillService(engine, self.sent.put_nowait)  # type: ignore[arg-type]
+        self.service = PrefillService(self.engine, self.sent.put_nowait)  # type: ignore[arg-type]
 
-    def start(self, ref: int = 1, *, epoch: int = EPOCH, deadline_s: float = DEADLINE_S) -> None:
-        ticket = wire.Ticket(b"t" * 16, 1, "p0", epoch, ("tcp://p:1",), "fp", 2)
+    def start(
+        self,
+        ref: int = 1,
+        *,
+        epoch: int = EPOCH,
+        deadline_s: float = DEADLINE_S,
+        consumers: tuple[int, ...] = (1, 2),
+    ) -> None:
+        ticket = wire.Ticket(b"t" * 16, 1, "p0", epoch, ("tcp://p:1",), "fp", consumers)
         body = b'{"prompt": "x", "n": 4, "seed": 1, "max_tokens": 9, "stream": true}'
         self.service.start(wire.Prefill(ref, ticket, "/v1/completions", body, "r", deadline_s))
 
@@ -123,6 +142,20 @@ async def stand() -> AsyncIterator[Stand]:
     assert stand.sent.empty(), "one answer a dispatch"
 
 
+async def test_each_rank_waits_for_the_ranks_that_read_from_it(stand: Stand) -> None:
+    stand.engine.ranks, stand.engine.kv_heads = 2, 4
+    stand.start(consumers=(1, 2, 8))
+    await stand.done()
+    assert [o.subscribers for o in stand.control.sent if isinstance(o, kv.Open)] == [1 + 1 + 4] * 2
+
+
+async def test_ranks_that_would_leave_a_copy_unread_are_refused(stand: Stand) -> None:
+    stand.engine.ranks, stand.engine.kv_heads = 2, 1
+    stand.start(consumers=(1,))
+    assert (await stand.done()).status == 422
+    assert not stand.control.sent
+
+
 async def test_losing_the_router_ends_the_leases_of_finished_prompts_too(stand: Stand) -> None:
     stand.start()
     assert (await stand.done()).status == 200
@@ -137,8 +170,8 @@ async def test_a_prompt_is_prefilled_once_under_a_lease_for_its_subscribers(stan
     assert (done.ref, done.status, done.prompt_tokens) == (1, 200, 5)
     (opened,) = stand.control.sent
     assert isinstance(opened, kv.Open)
-    assert (opened.tokens, opened.blocks, opened.subscribers) == (5, 2, 2)
-    assert opened.chain == PROMPT.chain(4)
+    assert (opened.tokens, opened.spans, opened.subscribers) == (5, (kv.Want(0, 0, 2), kv.Want(1, 0, 2)), 3)
+    assert opened.chain == PROMPT.chain(CHAIN_TOKENS)
 
 
 async def test_sampling_fields_do_not_reach_the_engine(stand: Stand) -> None:

@@ -14,7 +14,7 @@ from openai import AsyncOpenAI
 from braid import wire
 from braid.http import listen
 from braid.settings import RouterSettings
-from router import equivalence, extract
+from router import checks, equivalence, extract
 from router.app import App
 from router.server import make_server
 from tests.router.fake_worker import FakeWorker, Script
@@ -26,6 +26,7 @@ def no_helper_is_left() -> Iterator[None]:
     yield
     extract._patterns.close()
     equivalence._algebra.close()
+    checks._schemas.close()
 
 
 CHAT = "/v1/chat/completions"

@@ -26,7 +26,14 @@ async def locked(make_stand: MakeStand, tmp_path: Path) -> Stand:
 @pytest.mark.parametrize("key", [None, "", "Bearer", "Bearer gamma", "Basic alpha", "alpha", "Bearer # team"])
 async def test_a_missing_or_wrong_key_is_a_401(locked: Stand, key: str | None) -> None:
     headers = {} if key is None else {"authorization": key}
-    for path in ("/v1/models", "/metrics", "/cluster", "/v1/nothing", "/v1/models?api_key=alpha"):
+    for path in (
+        "/v1/models",
+        "/v1/strategies",
+        "/metrics",
+        "/cluster",
+        "/v1/nothing",
+        "/v1/models?api_key=a",
+    ):
         reply = await locked.http.get(path, headers=headers)
         assert (reply.status_code, reply.json()["error"]["code"]) == (401, "invalid_api_key")
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 
 import httpx
@@ -16,6 +17,7 @@ import pytest
 from braid import wire
 from tests.router.conftest import CHAT, chat
 from tests.router.fake_worker import FakeWorker, answer_at_gate, silent
+from tests.router.strategies import packages
 
 IMPORTS = """
 import sys, time
@@ -54,11 +56,14 @@ class Process:
 
 
 @contextlib.asynccontextmanager
-async def running(tmp_path: Path, script: object = answer_at_gate) -> AsyncIterator[Process]:
+async def running(
+    tmp_path: Path, script: object = answer_at_gate, env: Mapping[str, str] | None = None
+) -> AsyncIterator[Process]:
     link, port_file = f"ipc://{tmp_path}/link", tmp_path / "port"
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "router", "--port", "0", "--link", link, "--port-file", str(port_file)),
         *("--heartbeat-s", "0.1", "--log-level", "warning", "--drain-s", "3"),
+        env={**os.environ, **(env or {})},
     )
     try:
         p0 = FakeWorker(link, "prefill", "p0")
@@ -110,3 +115,25 @@ def test_a_taken_port_is_a_clear_error(tmp_path: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     assert done.returncode == 1
     assert "cannot start" in done.stderr
+
+
+OFFERED = """
+from router.strategies import StrategySpec
+from router.strategies.direct import DirectOptions, run
+ECHO = StrategySpec("echo", DirectOptions, run, "As direct.")
+"""
+
+
+async def test_a_strategy_of_another_package_is_there_after_a_start_and_a_broken_one_harms_nobody(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "site"
+    folder.mkdir()
+    packages.write(folder, {"offered": OFFERED}, {"echo": "offered:ECHO", "broken": "offered:BROKEN"})
+    async with running(tmp_path, env={"PYTHONPATH": str(folder)}) as router, httpx.AsyncClient() as http:
+        listed = (await http.get(f"{router.url}/v1/strategies")).json()["data"]
+        assert listed[-1]["id"] == "echo"
+        router.d0.gate.set()
+        reasoning = {"strategy": "echo", "deadline_s": 5}
+        reply = await http.post(f"{router.url}{CHAT}", json=chat(reasoning=reasoning))
+        assert reply.json()["reasoning"]["answer"] == "0"

@@ -17,14 +17,14 @@ async def stand(make_stand: MakeStand) -> Stand:
     return await make_stand(spread="spread")
 
 
-async def test_shares_know_their_size_offset_and_subscribers(stand: Stand) -> None:
+async def test_shares_know_their_size_offset_and_consumers(stand: Stand) -> None:
     p0, d0, d1 = await stand.workers(decoders=2)
     await stand.post(CHAT, chat(n=5))
     shares = [await d0.expect(wire.Decode), await d1.expect(wire.Decode)]
     assert [(s.first, msgspec.json.decode(s.body)["n"]) for s in shares] == [(0, 3), (3, 2)]
     assert shares[0].ticket == shares[1].ticket == (await p0.expect(wire.Prefill)).ticket
     assert shares[0].ticket is not None
-    assert shares[0].ticket.subscribers == 2
+    assert shares[0].ticket.consumers == (1, 1)
 
 
 async def test_a_body_has_all_choices_in_order_and_the_sum_of_what_moved(stand: Stand) -> None:
@@ -85,7 +85,7 @@ async def test_only_the_share_of_a_lost_worker_moves(stand: Stand) -> None:
     await d0.die()
     moved = await d1.expect(wire.Decode, 2)
     assert (moved.first, msgspec.json.decode(moved.body)["n"]) == (0, 2)
-    assert (await p0.expect(wire.Prefill, 2)).ticket.subscribers == 1
+    assert (await p0.expect(wire.Prefill, 2)).ticket.consumers == (1,)
     d1.gate.set()
     reply = await request
     assert [choice["index"] for choice in reply.json()["choices"]] == [0, 1, 2, 3]

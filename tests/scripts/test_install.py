@@ -94,8 +94,9 @@ def test_lock_entries_are_merged_with_their_environments() -> None:
     assert "# for: cuda+dev\nz==1" in merged
 
 
-def test_the_lock_drops_the_marker_that_every_entry_has() -> None:
-    text = f"a==1 ; {lock.EVERYWHERE} \\\n    --hash=sha256:aa\nb==1 ; python_full_version < '3.12' \\\n"
+@pytest.mark.parametrize("marker", lock.EVERYWHERE)
+def test_the_lock_drops_the_marker_that_every_entry_has(marker: str) -> None:
+    text = f"a==1 ; {marker} \\\n    --hash=sha256:aa\nb==1 ; python_full_version < '3.12' \\\n"
     assert list(lock.parse(text)) == ["a==1", "b==1 ; python_full_version < '3.12'"]
 
 

@@ -5,22 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from braid.worker import fingerprint as module
-from braid.worker.fingerprint import fingerprint, model_digest
+from braid.worker.fingerprint import fingerprint, group_trait, model_digest
 
-PARTS: dict[str, Any] = {
-    "model": "m",
-    "vllm_version": "0.32.0",
-    "dtype": "float32",
-    "kv_dtype": "auto",
-    "quantization": "None",
-    "block_size": 32,
-    "layouts": ["cpu/AVX2/4x8192"],
-}
+TRAITS = (("model", "m"), ("dtype", "float32"), ("block size", "32"))
 
 
 @pytest.fixture
@@ -67,12 +58,31 @@ def test_a_hub_name_counts_with_its_revision() -> None:
     assert model_digest("org/model", "a") != model_digest("org/model", "b")
 
 
-@pytest.mark.parametrize("part", PARTS)
-def test_every_part_changes_the_fingerprint(part: str) -> None:
-    other = {"block_size": 16, "layouts": ["cpu/AVX512/4x8192"]}.get(part, "other")
-    assert fingerprint(**PARTS) == fingerprint(**PARTS)
-    assert fingerprint(**{**PARTS, part: other}) != fingerprint(**PARTS)
+@pytest.mark.parametrize("i", range(len(TRAITS)))
+def test_every_trait_changes_the_fingerprint(i: int) -> None:
+    other = (*TRAITS[:i], (TRAITS[i][0], "other"), *TRAITS[i + 1 :])
+    assert fingerprint(TRAITS) == fingerprint(TRAITS)
+    assert fingerprint(other) != fingerprint(TRAITS)
 
 
-def test_the_number_of_ranks_changes_the_fingerprint() -> None:
-    assert fingerprint(**{**PARTS, "layouts": PARTS["layouts"] * 2}) != fingerprint(**PARTS)
+def test_a_groups_trait_does_not_depend_on_its_block_size() -> None:
+    layers = ("a", "b")
+    small = group_trait("FullAttentionSpec", 0, layers, 32 * 256, 32)
+    assert small == group_trait("FullAttentionSpec", 0, layers, 64 * 256, 64)
+    assert "256 bytes" in small
+
+
+@pytest.mark.parametrize(
+    ("kind", "window", "layers", "row_bytes"),
+    [
+        ("other", 8, ("a",), 64),
+        ("kind", 9, ("a",), 64),
+        ("kind", 8, ("b",), 64),
+        ("kind", 8, ("a", "a"), 64),
+        ("kind", 8, ("a",), 65),
+    ],
+)
+def test_a_groups_trait_tells_kinds_windows_layers_and_bytes_apart(
+    kind: str, window: int, layers: tuple[str, ...], row_bytes: int
+) -> None:
+    assert group_trait(kind, window, layers, row_bytes, 4) != group_trait("kind", 8, ("a",), 64, 4)

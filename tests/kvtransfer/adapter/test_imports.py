@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kvtransfer.adapter.imports import Imports
+from kvtransfer.plan import Blocking, hit_unit, needed_blocks
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # importing vLLM can take minutes on a busy machine
 
@@ -20,20 +21,25 @@ POOL = 12
 class Cache:
     """A KVCacheManager and how requests are made for it."""
 
-    def __init__(self) -> None:
+    def __init__(self, *groups: Blocking, pool: int = POOL) -> None:
         from vllm.utils.hashing import sha256
         from vllm.v1.core.kv_cache_manager import KVCacheManager
         from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-        from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+        from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 
+        self.groups = groups or (Blocking(BLOCK),)
+        self.unit = hit_unit(self.groups)
+        smallest = min(group.block_size for group in self.groups)
         init_none_hash(sha256)
-        self._hasher = get_request_block_hasher(BLOCK, sha256)
-        spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32)
-        config = KVCacheConfig(POOL, [], [KVCacheGroupSpec(["layer"], spec)])
+        self._hasher = get_request_block_hasher(smallest, sha256)
+        specs = [KVCacheGroupSpec([f"layer{i}"], _spec(group)) for i, group in enumerate(self.groups)]
         self.manager = KVCacheManager(
-            config, max_model_len=1000, scheduler_block_size=BLOCK, hash_block_size=BLOCK
+            KVCacheConfig(pool, [], specs),
+            max_model_len=1000,
+            scheduler_block_size=self.unit,
+            hash_block_size=smallest,
         )
-        self.imports = Imports(BLOCK)
+        self.imports = Imports(self.groups)
 
     @property
     def free(self) -> int:
@@ -53,6 +59,9 @@ class Cache:
     def begin(self, tokens: int, name: str = "i0", salt: str | None = None) -> dict[str, Any] | None:
         return self.imports.begin(self.manager, self.request(tokens, f"import-{name}", salt), name)
 
+    def blocks(self, name: str = "i0", group: int = 0) -> list[int]:
+        return self.imports.held[name].blocks[group]
+
     def commit(self, name: str = "i0") -> None:
         self.imports.commit(self.manager, name)
 
@@ -60,9 +69,23 @@ class Cache:
         self.imports.release(self.manager, name)
 
 
+def _spec(group: Blocking) -> Any:
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+
+    # Pages of equal bytes, as vLLM makes them.
+    fields = {"block_size": group.block_size, "num_kv_heads": 64 // group.block_size, "head_size": 8}
+    if group.window:
+        return SlidingWindowSpec(**fields, dtype=torch.float32, sliding_window=group.window)
+    return FullAttentionSpec(**fields, dtype=torch.float32)
+
+
 @pytest.fixture
 def cache() -> Iterator[Cache]:
-    cache = Cache()
+    yield from emptied(Cache())
+
+
+def emptied(cache: Cache) -> Iterator[Cache]:
+    """Yield it; at the end, whatever the test did, every block comes back."""
     free = cache.free
     yield cache
     for name in list(cache.imports.held):
@@ -76,8 +99,9 @@ def test_an_import_takes_the_prompts_blocks_and_gives_them_back(cache: Cache, to
     begun = cache.begin(tokens)
     assert begun is not None
     assert begun["cached"] == 0
-    assert len(set(begun["blocks"])) == needed
-    assert 0 not in begun["blocks"]
+    assert begun["spans"] == [(0, 0, cache.blocks())]
+    assert len(set(cache.blocks())) == needed
+    assert 0 not in cache.blocks()
     assert cache.free == free - needed
     for _ in range(2):
         cache.release()
@@ -121,16 +145,16 @@ def test_a_second_import_begins_after_the_blocks_that_are_cached(cache: Cache) -
     second = cache.begin(11, "i1")
     assert first is not None
     assert second is not None
-    assert second["cached"] == 2
-    assert second["blocks"][:2] == first["blocks"][:2]
-    assert second["blocks"][2] != first["blocks"][2]
+    assert second["cached"] == 8
+    assert second["spans"] == [(0, 2, cache.blocks("i1")[2:])]
+    assert cache.blocks("i1")[:2] == cache.blocks("i0")[:2]
+    assert cache.blocks("i1")[2] != cache.blocks("i0")[2]
 
 
 def test_two_imports_of_a_prompt_that_is_not_cached_share_no_block(cache: Cache) -> None:
-    first, second = cache.begin(11, "i0"), cache.begin(11, "i1")
-    assert first is not None
-    assert second is not None
-    assert not set(first["blocks"]) & set(second["blocks"])
+    cache.begin(11, "i0")
+    cache.begin(11, "i1")
+    assert not set(cache.blocks("i0")) & set(cache.blocks("i1"))
     cache.commit("i0")
     cache.commit("i1")
     cache.release("i0")
@@ -148,12 +172,10 @@ def test_a_pool_without_room_is_none_and_takes_nothing(cache: Cache) -> None:
 
 
 def test_a_held_import_is_not_evicted(cache: Cache) -> None:
-    begun = cache.begin(8, "i0")
+    cache.begin(8, "i0")
     cache.commit("i0")
-    filler = cache.begin(cache.free * BLOCK - 1, "i1", salt="other")
-    assert begun is not None
-    assert filler is not None
-    assert not set(filler["blocks"]) & set(begun["blocks"])
+    assert cache.begin(cache.free * BLOCK - 1, "i1", salt="other") is not None
+    assert not set(cache.blocks("i1")) & set(cache.blocks("i0"))
     assert cache.hit(9) == 8
 
 
@@ -167,10 +189,11 @@ def test_a_name_is_used_once(cache: Cache) -> None:
 def test_a_sample_copies_the_block_with_the_prompts_end(
     cache: Cache, tokens: int, local: int, missing: int
 ) -> None:
-    begun = cache.begin(tokens)
+    cache.begin(tokens)
     cache.commit()
-    assert begun is not None
-    assert cache.imports.tail_of("i0", tokens, local) == (missing, begun["blocks"][-1])
+    assert cache.imports.tail_of("i0", tokens, local) == missing
+    targets = [[100 + i for i in range(len(cache.blocks()))]]
+    assert cache.imports.copies("i0", targets) == [(0, cache.blocks()[-1], targets[0][-1])]
 
 
 @pytest.mark.parametrize(
@@ -181,24 +204,101 @@ def test_a_sample_copies_the_block_with_the_prompts_end(
 def test_there_is_no_tail_to_copy(cache: Cache, tokens: int, asked: int, local: int) -> None:
     cache.begin(tokens)
     cache.commit()
-    assert cache.imports.tail_of("i0", asked, local) is None
+    assert cache.imports.tail_of("i0", asked, local) == 0
 
 
 def test_there_is_no_tail_before_the_commit_nor_after_the_release(cache: Cache) -> None:
     cache.begin(11)
-    assert cache.imports.tail_of("i0", 11, 8) is None
+    assert cache.imports.tail_of("i0", 11, 8) == 0
     cache.commit()
     cache.release()
-    assert cache.imports.tail_of("i0", 11, 8) is None
+    assert cache.imports.tail_of("i0", 11, 8) == 0
+
+
+def sample_of(cache: Cache, tokens: int) -> tuple[Any, list[tuple[int, int, int]]]:
+    """A sample of import ``i0`` as vLLM's scheduler admits it, and the blocks it copies."""
+    sample = cache.request(tokens, "sample")
+    computed, local, _ = cache.manager.get_computed_blocks(sample)
+    assert local == (tokens - 1) // cache.unit * cache.unit, "everything but the tail is hit"
+    tail = cache.imports.tail_of("i0", tokens, local)
+    assert local + tail == tokens - 1
+    assert cache.manager.allocate_slots(sample, 1, local, computed, num_external_computed_tokens=tail)
+    return sample, cache.imports.copies("i0", cache.manager.get_block_ids("sample")) if tail else []
 
 
 def test_a_sample_of_an_import_takes_only_its_tail_block(cache: Cache) -> None:
     cache.begin(11)
     cache.commit()
-    free, sample = cache.free, cache.request(11, "sample")
-    computed, local, _ = cache.manager.get_computed_blocks(sample)
-    tail = cache.imports.tail_of("i0", 11, local)
-    assert tail is not None
-    assert cache.manager.allocate_slots(sample, 1, local, computed, num_external_computed_tokens=tail[0])
+    free = cache.free
+    sample, copies = sample_of(cache, 11)
     assert free - cache.free == 1
+    assert len(copies) == 1
     cache.manager.free(sample)
+
+
+SHAPES = {
+    "full and windowed": (Blocking(4), Blocking(4, 9)),
+    "window of whole blocks": (Blocking(4), Blocking(4, 8)),
+    "two windows": (Blocking(4, 5), Blocking(4, 13), Blocking(4)),
+    "windowed only": (Blocking(4, 9),),
+    "window inside a block": (Blocking(4), Blocking(4, 2)),
+    "larger blocks in the windowed group": (Blocking(4), Blocking(8, 9)),
+    "larger blocks in the full group": (Blocking(8), Blocking(4, 9)),
+}
+
+
+@pytest.fixture(params=SHAPES.values(), ids=list(SHAPES))
+def grouped(request: pytest.FixtureRequest) -> Iterator[Cache]:
+    yield from emptied(Cache(*request.param, pool=100))
+
+
+@pytest.mark.parametrize("tokens", range(1, 42))
+def test_an_import_of_several_groups_holds_what_its_samples_see_and_no_more(
+    grouped: Cache, tokens: int
+) -> None:
+    free = grouped.free
+    begun = grouped.begin(tokens)
+    assert begun is not None
+    held = 0
+    for group, blocking in enumerate(grouped.groups):
+        needed = needed_blocks(tokens, blocking, grouped.unit)
+        ids = grouped.blocks(group=group)
+        assert begun["spans"][group] == (group, needed.start, ids[needed.start :])
+        assert [i for i, block in enumerate(ids) if block] == list(needed)
+        held += len(needed)
+    assert free - grouped.free == held
+    grouped.commit()
+    sample, copies = sample_of(grouped, tokens)
+    sources = {
+        (group, block) for group in range(len(grouped.groups)) for block in grouped.blocks(group=group)
+    }
+    own = grouped.manager.get_block_ids("sample")
+    for group, source, target in copies:
+        assert source
+        assert (group, source) in sources
+        assert target in own[group]
+        assert (group, target) not in sources
+    grouped.manager.free(sample)
+
+
+@pytest.mark.parametrize("more", [1, 3, 4, 9, 20])
+def test_a_prompt_that_goes_on_loads_only_what_is_new(grouped: Cache, more: int) -> None:
+    grouped.begin(32, "i0")
+    grouped.commit("i0")
+    grouped.release("i0")
+    begun = grouped.begin(32 + more, "i1")
+    assert begun is not None
+    assert begun["cached"] == 32
+    for group, blocking in enumerate(grouped.groups):
+        first = begun["spans"][group][1]
+        needed = needed_blocks(32 + more, blocking, grouped.unit)
+        assert first == max(32 // blocking.block_size, needed.start)
+        assert all(grouped.blocks("i1", group)[needed.start :])
+
+
+def test_a_failed_import_of_several_groups_leaves_nothing(grouped: Cache) -> None:
+    free = grouped.free
+    grouped.begin(30)
+    grouped.release()
+    assert grouped.free == free
+    assert grouped.hit(30) == 0

@@ -94,12 +94,12 @@ def test_generators_are_restored_when_sampling_fails(runner_class: Any) -> None:
 def test_the_import_calls_are_utility_methods_of_the_engine_core(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.v1.engine.core import EngineCore
 
-    from kvtransfer.adapter.connector import _install_utilities
+    from kvtransfer.adapter.utilities import install_utilities
 
     names = ("braid_begin", "braid_commit", "braid_release", "braid_stats")
     for name in names:
         monkeypatch.setattr(EngineCore, name, None, raising=False)
-    _install_utilities()
+    install_utilities()
     assert all(callable(getattr(EngineCore, name)) for name in names)
 
 
@@ -110,3 +110,46 @@ def test_the_block_manager_has_what_imports_call(name: str) -> None:
     from vllm.v1.core.kv_cache_manager import KVCacheManager
 
     assert callable(getattr(KVCacheManager, name))
+
+
+def test_the_kernels_of_a_block_have_a_name() -> None:
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        pytest.skip("a touchpoint of the CPU backend")
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    assert isinstance(_get_attn_isa(torch.float32, 32, 32, "auto"), str)
+
+
+@pytest.fixture
+def drafts(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """vLLM's module that judges drafts, guarded, with a stand-in for the constraints."""
+    from vllm.v1.sample import rejection_sampler
+
+    from kvtransfer.adapter.guards import guard_drafts
+
+    def constrain(logits: torch.Tensor, *args: Any) -> torch.Tensor:
+        return logits / logits.max()
+
+    for name, stand_in in (("apply_sampling_constraints", constrain), ("expand_batch_to_tokens", None)):
+        assert callable(getattr(rejection_sampler, name))
+        monkeypatch.setattr(rejection_sampler, name, stand_in)
+    guard_drafts()
+    return rejection_sampler
+
+
+def test_a_step_without_drafts_constrains_no_logits(drafts: Any) -> None:
+    constrain = drafts.apply_sampling_constraints
+    assert constrain(torch.zeros(0, 7), None, None).shape == (0, 7)
+    assert torch.equal(constrain(torch.full((2, 7), 3.0), None, None), torch.ones(2, 7))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float32], ids=str)
+def test_each_draft_has_the_settings_of_its_request(drafts: Any, dtype: torch.dtype) -> None:
+    settings, ends = torch.tensor([5, 0, 7], dtype=dtype), torch.tensor([2, 5, 5], dtype=torch.int32)
+    expanded = drafts.expand_batch_to_tokens(settings, ends, 5)
+    assert torch.equal(expanded, torch.tensor([5, 5, 0, 0, 0], dtype=dtype))
+    assert drafts.expand_batch_to_tokens(settings, ends, 5, 0, 1).tolist() == [5, 5, 1, 1, 1]
+    none = drafts.expand_batch_to_tokens(settings, torch.zeros(3, dtype=torch.int32), 0)
+    assert none.shape == (0,)

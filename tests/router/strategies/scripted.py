@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from braid.errors import BraidError
 from router import strategies
 from router.sampler import Answer, GroupUsage, Sample
 
@@ -23,30 +24,51 @@ def sample(
 
 
 class Scripted:
-    """A Sampler whose groups end with given samples in a given order.
+    """A Sampler whose groups end with given samples in a given order: of all samples those that a group
+    asks for by number.
 
-    ``hang_from``: samples from this place on end only when cancelled. ``opened`` is what was asked for.
+    ``hang_from``: samples from this place on end only when cancelled. ``errors``: what the group that begins
+    with a sample raises. ``opened`` is what was asked for.
     """
 
     def __init__(
-        self, samples: Sequence[Sample], hang_from: float = math.inf, entry_delay_s: float = 0.0
+        self,
+        samples: Sequence[Sample],
+        hang_from: float = math.inf,
+        entry_delay_s: float = 0.0,
+        errors: Mapping[int, BraidError] | None = None,
     ) -> None:
         self.samples = list(samples)
         self.hang_from = hang_from
         self.entry_delay_s = entry_delay_s
+        self.errors = errors or {}
         self.opened: list[tuple[Mapping[str, Any], int]] = []
         self.cancels = 0
         self.closed = False
 
-    def group(self, body: Mapping[str, Any], n: int) -> ScriptedGroup:
+    @property
+    def waves(self) -> list[int]:
+        """Sizes of the groups."""
+        return [n for _, n in self.opened]
+
+    @property
+    def prompts(self) -> list[str]:
+        """The last message of each group."""
+        return [body["messages"][-1]["content"] for body, _ in self.opened]
+
+    def group(self, body: Mapping[str, Any], n: int, first: int = 0) -> ScriptedGroup:
+        assert first == sum(self.waves), "samples are numbered over all groups"
         self.opened.append((body, n))
-        assert n == len(self.samples)
-        return ScriptedGroup(self)
+        mine = [(place, one) for place, one in enumerate(self.samples) if first <= one.index < first + n]
+        assert n == len(mine)
+        return ScriptedGroup(self, mine, self.errors.get(first))
 
 
 class ScriptedGroup:
-    def __init__(self, script: Scripted) -> None:
+    def __init__(self, script: Scripted, mine: list[tuple[int, Sample]], error: BraidError | None) -> None:
         self.script = script
+        self.mine = mine
+        self.error = error
         self.usage = GroupUsage(prompt_tokens=7)
         self.cancelled = asyncio.Event()
 
@@ -56,10 +78,12 @@ class ScriptedGroup:
 
     async def __aexit__(self, *exc: object) -> None:
         self.script.closed = True
-        self.usage.completion_tokens = sum(ended.tokens for ended in self.script.samples)
+        self.usage.completion_tokens = sum(ended.tokens for _, ended in self.mine)
 
     async def __aiter__(self) -> AsyncIterator[Sample]:
-        for place, ended in enumerate(self.script.samples):
+        if self.error is not None:
+            raise self.error
+        for place, ended in self.mine:
             if place >= self.script.hang_from:
                 await self.cancelled.wait()
             if self.cancelled.is_set():

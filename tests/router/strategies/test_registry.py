@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from typing import Any
@@ -12,9 +13,40 @@ from router import strategies
 from router.strategies.options import TRIGGER
 
 
-def test_the_first_four() -> None:
-    assert strategies.names() == ("direct", "cot", "self_consistency", "best_of_n")
+def test_the_strategies_that_need_groups_of_the_prompt_only() -> None:
+    expected = """
+        direct cot self_consistency best_of_n adaptive_consistency early_stopping_consistency
+        universal_consistency mbr rejection_sampling rollouts car first_finish self_refine mixture_of_agents
+    """
+    assert set(expected.split()) <= set(strategies.names())
     assert all(strategies.get(name).name == name for name in strategies.names())
+
+
+@pytest.mark.parametrize("name", strategies.names())
+def test_a_name_alone_is_enough_but_where_a_check_must_be_given(name: str) -> None:
+    if name == "rejection_sampling":
+        with pytest.raises(BadRequest, match="nothing is rejected"):
+            strategies.get(name).parse({})
+    else:
+        strategies.get(name).parse({})
+
+
+@pytest.mark.parametrize("name", strategies.names())
+def test_a_strategy_tells_its_source(name: str) -> None:
+    run = strategies.get(name).run
+    assert name == "direct" or "arXiv" in (run.__doc__ or "")
+
+
+@pytest.mark.parametrize("told", strategies.describe(trigger="Think."))
+def test_the_list_tells_name_parameters_and_schema(told: dict[str, Any]) -> None:
+    json.dumps(told, allow_nan=False)
+    assert told["description"].endswith(".")
+    assert "\n" not in told["description"]
+    parameters = {one["name"]: one for one in told["parameters"]}
+    assert parameters.keys() == told["schema"]["properties"].keys()
+    assert all(one["description"] for one in parameters.values())
+    if "trigger" in parameters:
+        assert parameters["trigger"]["default"] == "Think."
 
 
 @pytest.mark.parametrize("name", ["", "majority", "run", "__class__", None, ["cot"]])
