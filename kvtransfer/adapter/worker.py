@@ -36,7 +36,7 @@ class WorkerSide:
     """
 
     def __init__(self, options: Options, groups: Sequence[Group], block_size: int) -> None:
-        self.cache: Cache = HostCache(groups)
+        self.cache: Cache = _cache(groups)
         self._options, self._groups, self._block_size = options, groups, block_size
         rank = get_tensor_model_parallel_rank()
         self._loop = Loop(f"braid-kv-{rank}")
@@ -57,7 +57,7 @@ class WorkerSide:
                 epoch=options.epoch,
                 shapes=encoded_shapes(self.cache.shapes, self._codec) if self._codec else self.cache.shapes,
                 codec=options.codec,
-                arena=Arena(options.staging_bytes),
+                arena=_arena(options.staging_bytes, groups),
                 lease_s=options.lease_s,
                 emit=self._control.emit,
                 transports=producer_transports(options.transports, bind=options.host),
@@ -147,6 +147,33 @@ class WorkerSide:
         cache = ReblockedCache(self._groups[0], self._block_size, theirs)
         translation = self._translations[theirs] = Translation(cache, self._block_size, theirs)
         self._consumers[theirs] = self._new_consumer(cache, translated(self._control.emit, translation))
+
+
+def _cache(groups: Sequence[Group]) -> Cache:
+    """Gather and scatter for where the engine keeps its blocks.
+
+    On a GPU a scatter follows the model's stream: the scheduler may give blocks away before the last step
+    that wrote them has ended. Not measured.
+    """
+    device = groups[0].layers[0].device
+    if device.type == "cpu":
+        return HostCache(groups)
+    from kvtransfer.gpu import CudaStream, DeviceCache
+
+    return DeviceCache(groups, after=CudaStream(torch.cuda.current_stream(device)))
+
+
+def _arena(nbytes: int, groups: Sequence[Group]) -> Arena:
+    """Staging; pinned where it is filled by a GPU."""
+    arena = Arena(nbytes)
+    if groups[0].layers[0].device.type == "cuda":
+        from kvtransfer.gpu import pin
+
+        try:
+            pin(arena.memory)
+        except OSError as error:
+            log.warning("kv_staging_not_pinned", extra={"detail": str(error)})
+    return arena
 
 
 def _codec(name: str, bf16: bool) -> Codec | None:
