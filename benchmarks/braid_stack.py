@@ -32,9 +32,14 @@ def launch_braid(settings: EngineSettings, python: str, run_dir: Path, extra: Se
     launch = Launch("braid", argv, braid_env(settings))
     url = f"http://127.0.0.1:{port}"
     stack = ready_or_stopped(Stack("braid", url, "/ready", [GuardedProcess(launch, run_dir)]))
-    workers = httpx.get(f"{url}/cluster", trust_env=False, timeout=10.0).raise_for_status().json()["workers"]
-    stack.metrics = {"router": f"{url}/metrics"} | {w["role"]: f"{w['http']}/metrics" for w in workers}
+    stack.metrics = pages(url)
     return stack
+
+
+def pages(url: str) -> dict[str, str]:
+    """Metrics pages of the router at `url` and of its workers, by role."""
+    workers = httpx.get(f"{url}/cluster", trust_env=False, timeout=10.0).raise_for_status().json()["workers"]
+    return {"router": f"{url}/metrics"} | {w["role"]: f"{w['http']}/metrics" for w in workers}
 
 
 def braid_env(settings: EngineSettings) -> dict[str, str]:

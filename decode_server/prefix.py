@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from braid import wire
+from braid.ranks import head_runs
 from braid.worker.engine import Engine
 from braid.worker.prompt import Prompt
 from kvtransfer import wire as kv
-from kvtransfer.plan import CHAIN_TOKENS, head_runs, needed_blocks
+from kvtransfer.plan import CHAIN_TOKENS, needed_blocks
 
 log = logging.getLogger("braid.decode")
 

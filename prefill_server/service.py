@@ -9,22 +9,20 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from prometheus_client import Counter
-
 from braid import wire
 from braid.errors import error_body
+from braid.ranks import readers
 from braid.worker.asgi import post
 from braid.worker.counters import Counters
 from braid.worker.engine import Engine
 from braid.worker.prompt import Prompt
 from kvtransfer import wire as kv
-from kvtransfer.plan import CHAIN_TOKENS, needed_blocks, readers
+from kvtransfer.plan import CHAIN_TOKENS, needed_blocks
 from prefill_server.llm import JOB, Job, Unshareable
+from prefill_server.metrics import EARLY, SENT
 
 log = logging.getLogger("braid.prefill")
 
-SENT = Counter("braid_kv_sent_bytes", "KV bytes sent to decode workers")
-EARLY = Counter("braid_kv_early_bytes", "Those sent before the last chunk of their prompt was computed")
 
 _SAMPLING_FIELDS = frozenset(
     {"n", "best_of", "stream", "stream_options", "logprobs", "top_logprobs", "use_beam_search", "echo"}

@@ -17,8 +17,8 @@ from typing import Any
 import msgspec
 
 from braid import wire
+from braid.ranks import readers
 from braid.settings import RouterSettings
-from kvtransfer.plan import readers
 from router.link import Gone, Inbox, Link
 from router.metrics import Metrics
 from router.registry import Registry, Worker

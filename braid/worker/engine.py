@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from braid import wire
+from braid.ranks import heads_of
 from braid.settings import DecodeSettings, PrefillSettings, WorkerSettings, is_loopback
 from braid.worker.fingerprint import Traits, fingerprint, group_trait, model_digest
 from kvtransfer.control import ControlServer
-from kvtransfer.plan import Blocking, heads_of, hit_unit
+from kvtransfer.plan import Blocking, hit_unit
 from kvtransfer.wire import Ready
 
 if TYPE_CHECKING:

@@ -18,8 +18,9 @@ from vllm.v1.kv_cache_interface import (
     UniformTypeKVCacheSpecs,
 )
 
+from braid.ranks import heads_of
 from kvtransfer.cache import Group
-from kvtransfer.plan import Blocking, heads_of
+from kvtransfer.plan import Blocking
 
 _MOVABLE = (FullAttentionSpec, SlidingWindowSpec, MLAAttentionSpec)
 """Kinds of layers whose blocks are a function of the tokens before them and nothing else."""

@@ -184,5 +184,6 @@ def test_the_command_for_braid_is_one_it_accepts(tmp_path: Path, monkeypatch: py
     seen: list[Launch] = []
     monkeypatch.setattr(braid_stack, "GuardedProcess", lambda launch, run_dir: seen.append(launch))
     monkeypatch.setattr(braid_stack, "ready_or_stopped", lambda stack: stack)
+    monkeypatch.setattr(braid_stack, "pages", lambda url: {})
     braid_stack.launch_braid(EngineSettings(tmp_path), "python", tmp_path)
     assert parse(seen[0].argv[3:]).command == "up"

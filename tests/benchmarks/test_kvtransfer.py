@@ -17,6 +17,8 @@ from benchmarks.kv_link import Worker, WorkerError
 from benchmarks.kv_report import TransferRecord, figures, quiet, size_name, transfer_table
 from benchmarks.machine import Load
 
+pytestmark = pytest.mark.slow
+
 SMALL = ["--layers", "3", "--heads", "2", "--row-bytes", "512", "--piece-bytes", "6K"]
 LAYOUT = Layout(layers=3, heads=2, row_bytes=512, blocks=20, piece_bytes=6 << 10)
 

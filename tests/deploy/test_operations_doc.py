@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from prometheus_client import generate_latest
 
 from braid.settings import DecodeSettings, PrefillSettings, RouterSettings
+from prefill_server.metrics import EARLY, SENT
 from router.metrics import Metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -16,8 +18,9 @@ TEXT = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
 
 
 def exported() -> set[str]:
-    """Names of every metric of a router, as a scraper sees them."""
-    lines = Metrics().render().decode().splitlines()
+    """Names of every metric of a router and of a prefill worker, as a scraper sees them."""
+    assert {SENT, EARLY}  # registered by their import
+    lines = (Metrics().render() + generate_latest()).decode().splitlines()
     return {line.split()[2] for line in lines if line.startswith("# TYPE ")}
 
 

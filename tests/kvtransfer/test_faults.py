@@ -13,6 +13,8 @@ from kvtransfer import wire
 from tests.kvtransfer.ends import EPOCH, Pair, contents, make_cache, make_key, same
 from tests.kvtransfer.proxy import Proxy
 
+pytestmark = pytest.mark.slow
+
 MakePair = Callable[..., Pair]
 KEY = make_key()
 BLOCKS = 24

@@ -6,16 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtransfer.plan import (
-    Blocking,
-    head_runs,
-    heads_of,
-    hit_unit,
-    needed_blocks,
-    num_blocks,
-    readers,
-    tail_start,
-)
+from braid.ranks import head_runs, heads_of, readers
+from kvtransfer.plan import Blocking, hit_unit, needed_blocks, num_blocks, tail_start
 
 blockings = st.builds(
     Blocking, st.sampled_from([4, 8, 32, 48]), st.sampled_from([0, 1, 2, 5, 31, 32, 33, 100])

@@ -14,6 +14,8 @@ from kvtransfer import wire
 from tests.kvtransfer.ends import DEADLINE_S, ConsumerEnd, ProducerEnd, contents, make_cache, make_key, same
 from tests.kvtransfer.remote import Remote
 
+pytestmark = pytest.mark.slow
+
 KEY, OTHER = make_key(), make_key(2)
 THEIRS, OURS = (5, 6, 7, 8), (1, 2, 3, 4)
 BLOCK_BYTES = 512

@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 from unittest import mock
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -24,6 +25,8 @@ from tests.kvtransfer.ends import (
     make_key,
 )
 from tests.kvtransfer.proxy import Proxy
+
+pytestmark = pytest.mark.slow
 
 PROMPTS = 3
 LONGEST = 3
