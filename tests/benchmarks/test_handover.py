@@ -98,6 +98,7 @@ def test_every_stack_is_first_and_follows_every_other_equally_often(model: Path)
     assert len(within) == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("idle", ["freeze", "run", "restart"])
 def test_a_run_measures_saves_and_shows(
     idle: str,
