@@ -37,7 +37,7 @@ import msgspec
 
 _T = TypeVar("_T")
 
-PROTOCOL = 1
+PROTOCOL = 2
 MAX_FRAME = 64 * 1024 * 1024
 """Upper bound of one frame in bytes."""
 
