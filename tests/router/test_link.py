@@ -58,7 +58,7 @@ async def test_unknown_foreign_and_repeated_answers_are_dropped(stand: Stand) ->
 
 
 async def test_a_stranger_is_not_heard(stand: Stand) -> None:
-    async with FakeWorker(stand.link, "decode", "d0", protocol=2) as worker:
+    async with FakeWorker(stand.link, "decode", "d0", protocol=wire.PROTOCOL + 1) as worker:
         await stand.until(lambda: stand.metric("braid_frames_dropped_total", reason="hello") > 0)
         await worker.send(wire.Beat())
         await stand.until(lambda: stand.metric("braid_frames_dropped_total", reason="stranger") > 0)

@@ -10,7 +10,7 @@ import pytest
 from braid import wire
 from router.registry import HelloRefused, Registry, Worker
 
-HELLO = wire.Hello(1, "decode", "d0", 1, ("demo",), 2048, 32, 8, "f", "0.32.0")
+HELLO = wire.Hello(wire.PROTOCOL, "decode", "d0", 1, ("demo",), 2048, 32, 8, "f", "0.32.0")
 
 
 def hello(**fields: Any) -> wire.Hello:
@@ -85,7 +85,7 @@ def test_a_draining_or_broken_worker_is_not_ready(registry: Registry) -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"protocol": 2},
+        {"protocol": wire.PROTOCOL + 1},
         {"worker": "a b"},
         {"worker": ""},
         {"worker": "x\r\nset-cookie: a"},
