@@ -11,7 +11,9 @@ from router.registry import Worker
 
 
 def worker(role: wire.Role, name: str, inflight: int = 0, slots: int = 8) -> Worker:
-    hello = wire.Hello(wire.PROTOCOL, role, name, 1, ("demo",), 2048, 32, slots, "f", "0.32.0", ("tcp://127.0.0.1:1",))
+    hello = wire.Hello(
+        wire.PROTOCOL, role, name, 1, ("demo",), 2048, 32, slots, "f", "0.32.0", ("tcp://127.0.0.1:1",)
+    )
     return Worker(name.encode(), hello, 0.0, 0.0, inflight=inflight)
 
 
