@@ -6,9 +6,9 @@ its stdin.
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from typing import BinaryIO
 
@@ -82,7 +82,8 @@ class StoppingCache:
     def scatter(self, group: int, block_ids: Sequence[int], rows: torch.Tensor, put: int = 0) -> None:
         self._left -= 1
         if self._left == 0:
-            os.kill(os.getpid(), signal.SIGSTOP)
+            # to this thread: sent to the process, another takes it, and this one may go on meanwhile
+            signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
         self._cache.scatter(group, block_ids, rows, put)
 
 

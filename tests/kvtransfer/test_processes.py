@@ -118,7 +118,7 @@ def test_a_stopped_consumer_reads_no_memory_that_has_another_owner(
     remote = make_remote("consumer", transports=("shm",), silent_s=0.6, stop_at=stop_at)
     p.open(KEY, 4)
     began = time.monotonic()
-    remote.load(KEY, p.end.endpoint, OURS, deadline_s=3.0)
+    remote.load(KEY, p.end.endpoint, OURS, deadline_s=5.0)
     p.publish(KEY, 0, list(THEIRS[:2]))
     p.until(lambda: any(s.fed for s in p.end.table.held[KEY].subscribers.values()))
     give_up = time.monotonic() + DEADLINE_S
@@ -130,10 +130,10 @@ def test_a_stopped_consumer_reads_no_memory_that_has_another_owner(
     remote.wait_stopped()
     p.call(lambda: p.end.end(KEY, "cancelled"))
     p.until(lambda: not p.end._sessions)  # its silence has been noticed
-    assert time.monotonic() - began < 2.5
+    assert time.monotonic() - began < 4.5
     assert p.stats.staging_bytes == 4 * BLOCK_BYTES
     p.until(lambda: p.end.stats().staging_bytes == 0)
-    assert time.monotonic() - began > 2.9
+    assert time.monotonic() - began > 4.9
     overwrite(p)
     remote.go_on()
     assert remote.events.expect(wire.Failed, KEY).reason in ("timeout", "cancelled", "disconnected")
