@@ -17,11 +17,16 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from kvtransfer import rowcopy
 from kvtransfer.fence import Fence
 from kvtransfer.wire import Shape
 
 # A received frame and a peer's arena are read-only memory, and are only ever read from.
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
+
+
+STREAM_BYTES = 64 * 1024
+"""Rows that together are at least as large are written past the CPU's caches (:mod:`kvtransfer.rowcopy`)."""
 
 
 class Cache(Protocol):
@@ -46,6 +51,7 @@ class Cache(Protocol):
 
         Raises:
             ValueError: the rows do not have the group's shape.
+            IndexError: the cache has no such block.
         """
 
     def copy(self, group: int, source: int, target: int) -> None:
@@ -82,7 +88,11 @@ class HostCache:
 
     def scatter(self, group: int, block_ids: Sequence[int], rows: torch.Tensor, put: int = 0) -> None:
         check_rows(self.shapes[group], len(block_ids), rows, put)
-        self._pages[group].write(np.asarray(block_ids, dtype=np.intp), rows.numpy(), put)
+        if not block_ids:
+            return
+        if not 0 <= min(block_ids) <= max(block_ids) < self.blocks:
+            raise IndexError(f"{min(block_ids)}..{max(block_ids)} are not in a cache of {self.blocks} blocks")
+        self._pages[group].write(np.asarray(block_ids, dtype=np.int64), rows.numpy(), put)
 
     def copy(self, group: int, source: int, target: int) -> None:
         for layer in self._groups[group]:
@@ -100,24 +110,29 @@ class _Pages:
     def __init__(self, layers: Sequence[Any]) -> None:
         starts = [int(layer.__array_interface__["data"][0]) for layer in layers]
         self._layers = layers
-        self._blocks, heads, self._row_bytes = layers[0].shape
+        _, heads, self._row_bytes = layers[0].shape
         self._block_bytes = heads * self._row_bytes
         self._first, self._end = min(starts), max(starts) + layers[0].nbytes
         self._step = math.gcd(*(start - self._first for start in starts), self._row_bytes)
         self._at = np.asarray([start - self._first for start in starts], dtype=np.intp)[:, None]
+        self._starts = np.asarray(starts, dtype=np.int64)
+        aligned = not any(place % rowcopy.ALIGN for place in (*starts, self._row_bytes))
+        self._write_blocks = rowcopy.compiled() if aligned else None
         memory = (ctypes.c_char * (self._end - self._first)).from_address(self._first)
         self._memory = np.frombuffer(memory, dtype=np.uint8)
 
     def write(self, ids: Any, rows: Any, put: int) -> None:
-        """Copy ``[layers, count, heads, row_bytes]`` into the blocks' heads from ``put`` on."""
-        if ids.size and not 0 <= ids.min() <= ids.max() < self._blocks:
-            raise IndexError(f"blocks [{ids.min()}, {ids.max()}] are not in a cache of {self._blocks}")
+        """Copy ``[layers, count, heads, row_bytes]`` into the heads from ``put`` on of blocks that exist."""
         inside = self._first <= rows.__array_interface__["data"][0] < self._end
         if inside or rows.strides[2:] != (self._row_bytes, 1):  # NumPy would copy what it can't tell apart
             for layer, layer_rows in zip(self._layers, rows, strict=True):
                 layer[ids, put : put + rows.shape[2]] = layer_rows
             return
-        chunk = np.dtype((np.void, rows.shape[2] * self._row_bytes))
+        nbytes = rows.shape[2] * self._row_bytes
+        if self._write_blocks is not None and nbytes % rowcopy.STEP == 0 and rows.size >= STREAM_BYTES:
+            self._stream(ids, rows, put, nbytes)
+            return
+        chunk = np.dtype((np.void, nbytes))
         count = (len(self._memory) - chunk.itemsize) // self._step + 1
         pages = np.ndarray((count,), chunk, self._memory, 0, (self._step,))
         at = (self._at + put * self._row_bytes + ids * self._block_bytes) // self._step
@@ -126,6 +141,21 @@ class _Pages:
         else:
             first = rows[:1, :1].reshape(-1).view(chunk)
             pages[at] = np.lib.stride_tricks.as_strided(first, rows.shape[:2], rows.strides[:2])
+
+    def _stream(self, ids: Any, rows: Any, put: int, nbytes: int) -> None:
+        assert self._write_blocks is not None
+        starts = self._starts + put * self._row_bytes if put else self._starts
+        self._write_blocks(
+            rows.shape[0],
+            rows.shape[1],
+            starts.ctypes.data,
+            ids.ctypes.data,
+            self._block_bytes,
+            rows.ctypes.data,
+            rows.strides[0],
+            rows.strides[1],
+            nbytes,
+        )
 
 
 def as_rows(tensor: torch.Tensor, heads: int) -> torch.Tensor:

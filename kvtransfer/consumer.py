@@ -37,7 +37,7 @@ RESUME_S = 1.0
 """The same, for one that was connected before."""
 MAX_RETRIES = 3
 """Times a load is resumed after its connection broke."""
-ACK_BYTES = 8 * 1024 * 1024
+ACK_BYTES = 16 * 1024 * 1024
 """Payload after which the producer's window is moved on; a fraction of its size."""
 
 Socket = zmq.Socket[bytes]
@@ -554,7 +554,7 @@ class Consumer:
         self._send(peer, wire.Subscribe(load.spec.key, part.sub, part.source.epoch, wants, part.heads, left))
 
     def _finish_part(self, peer: _Peer, part: _Part) -> None:
-        if not part.complete or part.sub not in self._parts:
+        if part.sub not in self._parts or not part.complete:
             return
         del self._parts[part.sub]
         part.load.transport = peer.transport

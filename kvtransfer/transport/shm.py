@@ -132,9 +132,9 @@ def rows_at(memory: torch.Tensor, message: wire.Blocks, shape: wire.Shape, heads
     """
     count = message.skip + message.count
     nbytes = shape.layers * count * shape.heads * shape.row_bytes
-    inside = 0 <= message.at <= len(memory) - nbytes and message.skip >= 0 and message.count >= 1
+    inside = 0 <= message.at <= memory.numel() - nbytes and message.skip >= 0 and message.count >= 1
     if not inside or message.heads != shape.heads:
-        raise wire.KvWireError(f"{nbytes} bytes at {message.at} are not in the arena of {len(memory)}")
+        raise wire.KvWireError(f"{nbytes} bytes at {message.at} are not in the arena of {memory.numel()}")
     rows = memory[message.at : message.at + nbytes].view(shape.layers, count, shape.heads, shape.row_bytes)
     if message.skip == 0 and heads == (0, shape.heads):
         return rows

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvtransfer import rowcopy
 from kvtransfer.cache import Group, HostCache
 from kvtransfer.wire import Shape
 
@@ -15,6 +16,16 @@ BLOCKS, HEADS, TOKENS, CHANNELS = 6, 4, 4, 16
 DTYPES = [torch.float32, torch.bfloat16, torch.uint8]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 every_place = pytest.mark.parametrize("apart", [False, True], ids=["one storage", "a storage a layer"])
+
+
+@pytest.fixture(params=["streaming stores", "ordinary stores"], autouse=True)
+def stores(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways of writing, whatever the size."""
+    if request.param == "streaming stores":
+        assert rowcopy.compiled() is not None, "llvmlite is installed with the engine"
+        monkeypatch.setattr("kvtransfer.cache.STREAM_BYTES", 0)
+    else:
+        monkeypatch.setattr(rowcopy, "compiled", lambda: None)
 
 
 def make_layers(dtype: torch.dtype, apart: bool = False, layers: int = 3) -> list[torch.Tensor]:
@@ -160,3 +171,20 @@ def test_a_layout_whose_blocks_do_not_follow_each_other_is_refused(tensor: torch
 def test_layers_of_different_block_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match="different shapes"):
         HostCache([Group([torch.zeros(BLOCKS, 8), torch.zeros(BLOCKS, 16)])])
+
+
+@pytest.mark.parametrize("ids", [[-1], [BLOCKS], [0, BLOCKS], [2, -3]])
+def test_blocks_that_do_not_exist_are_refused_and_nothing_is_written(ids: list[int]) -> None:
+    layers = make_layers(torch.bfloat16)
+    before = as_rows(layers)
+    rows = torch.zeros(3, len(ids), HEADS, TOKENS * CHANNELS * 2, dtype=torch.uint8)
+    with pytest.raises(IndexError, match=f"cache of {BLOCKS}"):
+        HostCache([Group(layers, HEADS)]).scatter(0, ids, rows)
+    assert torch.equal(as_rows(layers), before)
+
+
+def test_rows_that_no_step_of_the_compiled_copy_divides_are_written_whole() -> None:
+    layers = [torch.randint(0, 256, (BLOCKS, 1, 8, 21), dtype=torch.uint8) for _ in range(2)]
+    rows = torch.randint(0, 256, (2, 2, 1, 168), dtype=torch.uint8)
+    HostCache([Group(layers)]).scatter(0, [4, 1], rows)
+    assert torch.equal(torch.stack(layers).reshape(2, BLOCKS, 1, 168)[:, [4, 1]], rows)
