@@ -31,10 +31,10 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure(process: str, level: str = "info") -> None:
-    """Send the ``braid`` and ``uvicorn`` loggers to standard error as JSON lines."""
+    """Send the ``braid``, ``uvicorn`` and ``opentelemetry`` loggers to standard error as JSON lines."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter(process))
-    for name in ("braid", "uvicorn"):
+    for name in ("braid", "uvicorn", "opentelemetry"):
         logger = logging.getLogger(name)
         logger.handlers[:] = [handler]
         logger.setLevel(level.upper())

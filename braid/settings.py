@@ -123,6 +123,12 @@ class RouterSettings(ProcessSettings):
     verify_pairs: bool = Field(
         True, description="use a prefill/decode pair only after a real KV transfer between them"
     )
+    otlp_traces_endpoint: str = Field(
+        "",
+        pattern=r"^(https?://\S+)?$",
+        description="URL that spans of requests are sent to (OTLP over HTTP), such as "
+        "http://127.0.0.1:4318/v1/traces; OTEL_EXPORTER_OTLP_TRACES_ENDPOINT is taken too",
+    )
 
     @model_validator(mode="after")
     def _curve(self) -> RouterSettings:

@@ -28,6 +28,7 @@ from router.link import Link
 from router.metrics import CONTENT_TYPE, Metrics
 from router.pairs import Pairs
 from router.registry import Registry
+from router.tracing import make_tracer
 from router.validate import Endpoint, Request, parse_body, validate
 
 log = logging.getLogger("braid.router")
@@ -53,6 +54,7 @@ class App:
             settings.max_inflight, settings.queue_limit, settings.queue_timeout_s, self.metrics
         )
         self._keys = Keys(settings.api_keys_file)
+        self.tracer = make_tracer(settings)
         self._started = int(time.time())
         self._running: set[asyncio.Task[None]] = set()
         self._aborting = False
@@ -76,6 +78,7 @@ class App:
         """Close the link; workers are told to stop what they still run. Idempotent."""
         await self.pairs.stop()
         await self.link.stop()
+        await self.tracer.stop()
 
     async def drain(self, timeout_s: float) -> None:
         """Refuse new requests, let running ones end, and end the rest with an error at the timeout."""
@@ -99,6 +102,8 @@ class App:
             await send({"type": "websocket.close", "code": 1000})
             return
         call = Call(scope, receive, send, self.settings)
+        if call.method == "POST" and call.path in self._routes:
+            call.trace = self.tracer.request(f"POST {call.path}", call.headers)
         try:
             call.check_headers()
             tenant = "" if call.path in _OPEN else self._keys.check(call.header("authorization"))
@@ -106,8 +111,10 @@ class App:
         except BraidError as error:
             await self._answer_error(call, error)
         except Exception:
-            log.exception("request failed", extra={"request_id": call.request_id, "path": call.path})
+            log.exception("request failed", extra={**_named(call), "path": call.path})
             await self._answer_error(call, BraidError("The router failed to serve this request."))
+        finally:
+            call.end_trace()
 
     def _route(self, call: Call) -> Handler:
         route = self._routes.get(call.path)
@@ -123,7 +130,7 @@ class App:
         try:
             await call.fail(error)
         except ClientGone:
-            log.info("client gone", extra={"request_id": call.request_id})
+            log.info("client gone", extra=_named(call))
 
     # Requests that run on workers
 
@@ -144,12 +151,16 @@ class App:
             prompts=request.prompts,
             headers=call.headers_for_workers(),
             local=self._local(request),
+            trace=call.trace,
         )
+        call.trace.note(model=model, operation="chat" if endpoint == "chat" else "text_completion")
         if plan is None:
+            call.trace.note(n=job.n)
             work = plain.run(self.cluster, call, job, request.stream)
             await self._serve(call, endpoint, job.n * job.prompts, work)
             return
         strategy = reasoning.prepare(plan, request, self.settings)
+        call.trace.note(strategy=strategy.spec.name, n=strategy.options.n)
         work = reasoning.run(self.cluster, call, job, strategy, request.stream)
         await self._serve(call, endpoint, strategy.slots, work)
 
@@ -166,6 +177,7 @@ class App:
             deadline=call.received + self.settings.request_timeout_s,
             headers=call.headers_for_workers(),
             local="no_prompt",
+            trace=call.trace,
         )
         await self._serve(call, call.path.strip("/"), 1, plain.passthrough(self.cluster, call, job))
 
@@ -208,8 +220,8 @@ class App:
         seconds = asyncio.get_running_loop().time() - call.received
         self.metrics.requests.labels(endpoint, outcome).inc()
         self.metrics.duration.labels(endpoint).observe(seconds)
-        fields = {"request_id": call.request_id, "endpoint": endpoint, "outcome": outcome}
-        log.info("request", extra={**fields, "seconds": round(seconds, 4)})
+        fields = {"endpoint": endpoint, "outcome": outcome, "seconds": round(seconds, 4)}
+        log.info("request", extra={**_named(call), **fields})
 
     # The state of the router
 
@@ -266,6 +278,12 @@ class App:
         self.metrics.pairs.clear()
         for pair in self.pairs.state():
             self.metrics.pairs.labels("verified" if pair["verified"] else "unverified").inc()
+
+
+def _named(call: Call) -> dict[str, str]:
+    """Fields of a log line that say which request it is about."""
+    named = {"request_id": call.request_id}
+    return {**named, "trace_id": call.trace.id} if call.trace.id else named
 
 
 def _salt(tenant: str, given: object) -> str:

@@ -23,6 +23,7 @@ from router.cluster import RETRY_AFTER_S, Cluster
 from router.link import Dispatch, Event, Gone, Inbox
 from router.pairs import make_ticket
 from router.registry import Worker
+from router.tracing import OFF, Trace
 
 log = logging.getLogger("braid.router.dispatch")
 
@@ -41,6 +42,7 @@ class Job:
         prompts: prompts in the body; more than one is never split over workers.
         deadline: on the event loop's clock.
         local: reason not to use a prefill worker, empty if there is none.
+        trace: span that those of the dispatches are below.
     """
 
     target: str
@@ -53,6 +55,7 @@ class Job:
     mode: Literal["http", "samples"] = "http"
     headers: tuple[tuple[str, str], ...] = ()
     local: str = ""
+    trace: Trace = OFF
 
 
 @dataclass(slots=True, eq=False)
@@ -70,6 +73,7 @@ class Share:
     moved: bool = False
     heard: float = 0.0
     kv: wire.KvRecord | None = None
+    span: Trace = OFF
 
 
 @dataclass(slots=True, eq=False)
@@ -82,6 +86,7 @@ class Producer:
     dispatch: Dispatch | None = None
     done: bool = False
     failed: bool = False
+    span: Trace = OFF
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +206,7 @@ class Fanout:
         deadline = min(self.job.deadline, now + self.cluster.settings.prefill_timeout_s)
         producer = Producer(worker, ticket, deadline)
         producer.dispatch = self.cluster.link.open(worker, self.job.prompts, self._inbox, producer)
+        producer.span = self.job.trace.begin("prefill", worker=worker.name, attempt=ticket.attempt)
         self.producers.append(producer)
         self._watch(worker)
         for share in shares:
@@ -221,6 +227,9 @@ class Fanout:
         share.heard = now
         share.dispatch = self.cluster.link.open(share.worker, share.n * self.job.prompts, self._inbox, share)
         self._watch(share.worker)
+        share.span = self.job.trace.begin(
+            "decode", worker=share.worker.name, first=share.first, n=share.n, moved=share.moved
+        )
         body = self.job.body if share.n == self.job.n else {**self.job.body, "n": share.n}
         message = wire.Decode(
             share.dispatch.ref,
@@ -231,7 +240,7 @@ class Fanout:
             mode=self.job.mode,
             first=share.first,
             ticket=None if share.prefill is None else share.prefill.ticket,
-            headers=self.job.headers,
+            headers=share.span.carry(self.job.headers),
             reason=self.reason if share.prefill is None else "",
         )
         self.cluster.link.send(share.worker, message)
@@ -263,6 +272,7 @@ class Fanout:
         self, share: Share, message: wire.Head | wire.Body | wire.Sample | wire.GroupDone
     ) -> list[tuple[Share, FromShare]]:
         share.begun = True
+        share.span.heard(message)
         if not isinstance(message, wire.Sample) and message.kv is not None:
             share.kv = message.kv
         if isinstance(message, wire.GroupDone):
@@ -276,6 +286,7 @@ class Fanout:
 
     def _on_prefill_done(self, producer: Producer, done: wire.PrefillDone) -> None:
         producer.done = True
+        producer.span.heard(done)
         if done.status == 200:
             self.prompt_tokens, self.cached_tokens = done.prompt_tokens, done.cached_tokens
         elif 400 <= done.status < 499 and done.status != 429:
@@ -300,6 +311,7 @@ class Fanout:
 
     def _fail(self, share: Share, error: BraidError) -> tuple[Share, FromShare]:
         share.ended = True
+        share.span.end(error.label)
         if share.dispatch is not None:
             self.cluster.link.abandon(share.dispatch)
         return share, Failed(error)
@@ -309,6 +321,7 @@ class Fanout:
     def _replace_producer(self, producer: Producer, reason: str) -> None:
         """Another prefill worker once, then none: the waiting shares compute their prompt."""
         producer.failed = True
+        producer.span.end(reason)
         if producer.dispatch is not None:
             self.cluster.link.abandon(producer.dispatch)
         waiting = self._waiting(producer)
@@ -347,6 +360,7 @@ class Fanout:
             return False
         if share.dispatch is not None:
             self.cluster.link.abandon(share.dispatch)
+        share.span.end(reason)
         share.moved = True
         self.cluster.metrics.retries.labels("decode", reason).inc()
         plan = placement.place(

@@ -56,6 +56,7 @@ class WorkerSampler:
             mode="samples",
             request_id=request_id,
             local=self._local(body),
+            trace=self._job.trace.begin("group", request_id=request_id, n=n, first=first),
         )
         group = WorkerGroup(Numbered(self._cluster, job, first), first)
         self.groups.append(group)
@@ -97,7 +98,11 @@ class WorkerGroup:
         self._samples = self._read()
 
     async def __aenter__(self) -> WorkerGroup:
-        self.fanout.start()
+        try:
+            self.fanout.start()
+        except BraidError as error:
+            self.fanout.job.trace.end(error.label)
+            raise
         self._note_workers()
         return self
 
@@ -109,6 +114,7 @@ class WorkerGroup:
             await self._samples.aclose()
             self.fanout.close()
             self._note_workers()
+            self._end_span(exc[1])
 
     def __aiter__(self) -> AsyncIterator[Sample]:
         return self._samples
@@ -129,6 +135,16 @@ class WorkerGroup:
         except BraidError:
             # The reader has its answer or its error already; this one came too late to matter.
             return
+
+    def _end_span(self, error: object) -> None:
+        usage = self.usage
+        self.fanout.job.trace.end(
+            error.label if isinstance(error, BraidError) else "",
+            prompt_tokens=usage.prompt_tokens,
+            cached_tokens=usage.cached_tokens,
+            completion_tokens=usage.completion_tokens,
+            cancelled=True if isinstance(error, asyncio.CancelledError) else None,
+        )
 
     async def _read(self) -> AsyncGenerator[Sample, None]:
         error: BraidError | None = None

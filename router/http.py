@@ -14,6 +14,7 @@ from braid.errors import BadRequest, BraidError, ClientGone, TooLarge
 from braid.settings import RouterSettings
 from router.link import SlowReader
 from router.sse import event
+from router.tracing import OFF, Trace
 from router.validate import check_request_id
 
 Scope = MutableMapping[str, Any]
@@ -60,6 +61,9 @@ class Call:
         self.started = False
         self.ended = False
         self.outcome = "completed"
+        self.status = 0
+        self.error: BraidError | None = None
+        self.trace: Trace = OFF
         self.received = asyncio.get_running_loop().time()
         self.method: str = scope["method"]
         self.path: str = scope["path"]
@@ -143,6 +147,7 @@ class Call:
 
     async def start(self, status: int, headers: Headers) -> None:
         self.started = True
+        self.status = status
         self._sse = any(k == "content-type" and v.startswith("text/event-stream") for k, v in headers)
         raw = [(k.encode("latin-1"), v.encode("latin-1")) for k, v in headers]
         await self._deliver({"type": "http.response.start", "status": status, "headers": raw})
@@ -161,6 +166,7 @@ class Call:
 
     async def fail(self, error: BraidError) -> None:
         """Answer with an error: as the response, or as the last event of a stream that has begun."""
+        self.error = error
         if self.ended or isinstance(error, ClientGone):
             return
         if not self.started:
@@ -170,6 +176,22 @@ class Call:
             await self.respond_json(error.body(), error.status, headers)
         elif self._sse:
             await self.write(event(error.body()), more=False)
+
+    def end_trace(self) -> None:
+        """End the exchange's span, whatever has become of it."""
+        error = "" if self.outcome == "completed" else self.outcome
+        code = self.status
+        if self.error is not None:
+            error, code = self.error.label, self.error.status
+        elif code >= 400:
+            error = str(code)
+        self.trace.end(
+            error,
+            fault=not 400 <= code < 500,
+            request_id=self.request_id,
+            http_status=self.status or None,
+            cancelled=None if self.ended else True,
+        )
 
     async def _deliver(self, message: Message) -> None:
         try:

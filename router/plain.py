@@ -70,6 +70,8 @@ async def _whole(call: Call, fanout: Fanout) -> None:
     joined = join_bodies(sorted(shares, key=lambda pair: pair[0]))
     joined["braid"] = proof_body(fanout)
     head = next(iter(answers.values()))[0]
+    usage = joined.get("usage")
+    call.trace.usage(usage if isinstance(usage, dict) else {})
     await _respond(call, fanout, head, msgspec.json.encode(joined))
 
 
@@ -124,6 +126,7 @@ class _Stream:
                 case wire.Body():
                     if await self._on_body(share, message):
                         return
+        self._call.trace.usage(self._joiner.usage or {"prompt_tokens": self._fanout.prompt_tokens or None})
         await self._write(self._joiner.finish(proof_body(self._fanout)), force=True)
         await self._call.end()
 

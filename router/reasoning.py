@@ -95,6 +95,7 @@ async def run(cluster: Cluster, call: Call, job: Job, prepared: Prepared, stream
     progress = reply.progress if stream else _silent
     try:
         answer = await prepared.spec.run(sampler, body, prepared.options, progress)
+        call.trace.usage(_usage(answer.usages))
         await (reply.finish_stream(answer) if stream else reply.whole(answer))
     finally:
         proof.count(cluster.metrics, _kv(sampler.usages))

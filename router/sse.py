@@ -59,6 +59,11 @@ class Joiner:
         ready = [self._event(share, raw) for raw in events if raw]
         return b"".join(ready)
 
+    @property
+    def usage(self) -> Json:
+        """The usage of all shares that have told theirs; empty if none has."""
+        return merge_usage([chunk["usage"] for chunk in self._usage.values()]) if self._usage else {}
+
     def finish(self, proof: Mapping[str, Any]) -> bytes:
         """The last finish chunk with ``braid`` in it, merged usage, ``[DONE]``."""
         out = []

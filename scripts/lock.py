@@ -6,7 +6,8 @@ when it is not on PATH.
 
 Each entry carries a line `# for: ...` with the environments it belongs to: `core` (router, CLI, client),
 `cpu` and `cuda` (core plus an engine), each also as `...+dev` where only development needs it.
-`scripts/install.py` installs the entries of one environment.
+`scripts/install.py` installs the entries of one environment. The extra `tracing` is in each of them, so
+that an installation or image needs a setting only; vLLM brings its packages anyway.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def resolve_all(uv: str, folder: Path, *, upgrade: bool) -> dict[str, dict[str, 
     preferred = "" if upgrade or not LOCK.exists() else LOCK.read_text()
     views: dict[str, dict[str, str]] = {}
     for flavor in FLAVORS:
-        extras = [] if flavor == "core" else [flavor]
+        extras = ["tracing"] if flavor == "core" else [flavor, "tracing"]
         for name, wanted in ((f"{flavor}+dev", [*extras, "dev"]), (flavor, extras)):
             print(f"resolving {name}", flush=True)
             views[name] = resolve(uv, folder, wanted, preferred)

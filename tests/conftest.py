@@ -24,9 +24,9 @@ def no_process_is_left() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The developer's own ``BRAID_*`` variables change no test."""
+    """The developer's own ``BRAID_*`` and ``OTEL_*`` variables change no test."""
     for name in list(os.environ):
-        if name.startswith("BRAID_"):
+        if name.startswith(("BRAID_", "OTEL_")):
             monkeypatch.delenv(name)
 
 
