@@ -9,6 +9,8 @@ from typing import Any
 import httpx
 import msgspec
 
+from braid.lines import lines
+
 TIMEOUT_S = 120.0
 
 
@@ -55,7 +57,7 @@ def stream_completion(client: httpx.Client, body: dict[str, Any]) -> Measurement
         if response.is_error:
             response.read()
             response.raise_for_status()
-        stamped = [(time.perf_counter() - start, chunk) for chunk in _chunks(response.iter_lines())]
+        stamped = [(time.perf_counter() - start, chunk) for chunk in _chunks(lines(response.iter_bytes()))]
         end = time.perf_counter() - start
         headers = proof_headers(response.headers)
     with_choice = [(at, chunk.choices[0]) for at, chunk in stamped if chunk.choices]

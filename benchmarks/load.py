@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks import stats
 from benchmarks.client import proof_headers
+from braid.lines import alines
 
 _Job = TypeVar("_Job")
 _Result = TypeVar("_Result")
@@ -133,7 +134,7 @@ async def stream(client: httpx.AsyncClient, target: str, body: Mapping[str, Any]
                 await response.aread()
                 reply.error = f"HTTP {response.status_code}"
             else:
-                await _read(response.aiter_lines(), reply, start)
+                await _read(alines(response.aiter_bytes()), reply, start)
     except httpx.HTTPError as error:
         reply.error = type(error).__name__
     except (ValueError, TypeError, AttributeError):

@@ -236,17 +236,17 @@ def measure_fanout(
 
 
 def _fan_out(record: FanoutRecord, stack: Stack, client: httpx.Client, body: dict[str, Any]) -> FanoutRecord:
-    before = stack.settled_counters()
-    meter = LoadMeter(stack.cpu_seconds)
+    """One request. A stack that does not answer, or gives no counters, is an error of the record."""
     try:
+        before = stack.settled_counters()
+        meter = LoadMeter(stack.cpu_seconds)
         record.wall_s, reply, record.headers = whole_completion(client, body)
+        record.turn = meter.read()
+        record.turn.stack_nice = stack.niceness()
+        record.completion_tokens = reply["usage"]["completion_tokens"]
+        record.counters = difference(before, stack.settled_counters())
     except FAILURES as error:
         record.error = describe(error)
-        return record
-    record.turn = meter.read()
-    record.turn.stack_nice = stack.niceness()
-    record.completion_tokens = reply["usage"]["completion_tokens"]
-    record.counters = difference(before, stack.settled_counters())
     return record
 
 

@@ -28,6 +28,7 @@ import msgspec
 
 from benchmarks.guard import descendants
 from benchmarks.machine import describe_machine, package_versions
+from braid.lines import alines
 from deploy.local import Cluster, UpSettings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,7 +84,7 @@ class Soak:
         text, done = "", False
         async with self.client.stream("POST", "/v1/completions", json=body) as reply:
             self.paths[reply.headers.get("x-braid-path", f"status {reply.status_code}")] += 1
-            async for line in reply.aiter_lines():
+            async for line in alines(reply.aiter_bytes()):
                 if line == "data: [DONE]":
                     done = True
                 elif line.startswith("data: {"):
@@ -149,7 +150,10 @@ class Soak:
             await self.until(lambda: self.is_ready(len(workers)), BACK_S)
 
     async def is_ready(self, workers: int) -> bool:
-        state = (await self.client.get("/cluster")).json()
+        try:
+            state = (await self.client.get("/cluster")).json()
+        except httpx.HTTPError:
+            return False
         return len([w for w in state["workers"] if w["state"] == "ready"]) == workers
 
     async def watch(self, until: float) -> None:

@@ -22,6 +22,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from braid.lines import lines
+
 URL = "http://127.0.0.1:8000"
 EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_INTERRUPTED = 1, 2, 3, 130
 
@@ -198,7 +200,7 @@ def chunks(client: httpx.Client, body: Mapping[str, Any]) -> Iterator[Mapping[st
         if response.status_code != 200:
             response.read()
             raise AskFailed(refusal(response))
-        for line in response.iter_lines():
+        for line in lines(response.iter_bytes()):
             if not line.startswith("data:"):
                 continue
             data = line.removeprefix("data:").strip()

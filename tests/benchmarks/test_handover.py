@@ -9,14 +9,15 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise, permutations
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 
-from benchmarks import braid_stack, handover, peers, plain
+from benchmarks import braid_stack, handover, measure, peers, plain
 from benchmarks.client import open_client, stream_completion, whole_completion
-from benchmarks.measure import Pace, SideBySide
+from benchmarks.measure import FanoutRecord, Pace, SideBySide
 from benchmarks.process import GuardedProcess, Launch, LaunchError, free_ports
 from benchmarks.prompts import Prompts
 from benchmarks.stack import EngineSettings, Stack
@@ -188,3 +189,12 @@ def test_the_command_for_braid_is_one_it_accepts(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(braid_stack, "pages", lambda url: {})
     braid_stack.launch_braid(EngineSettings(tmp_path), "python", tmp_path)
     assert parse(seen[0].argv[3:]).command == "up"
+
+
+def test_a_stack_that_stalls_when_asked_for_its_counters_costs_its_record_not_the_run() -> None:
+    def stalls() -> dict[str, float]:
+        raise httpx.ReadTimeout("timed out")
+
+    stack: Any = SimpleNamespace(settled_counters=stalls)
+    record = measure._fan_out(FanoutRecord("nixl", 0, 0, 4, 1000), stack, httpx.Client(), {})
+    assert record.error == "ReadTimeout: timed out"

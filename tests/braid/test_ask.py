@@ -65,6 +65,7 @@ def reply(question: str) -> list[Any]:
         "escape": [chunk({"content": "\x1b[2Jx"}), chunk({}, "stop"), "[DONE]"],
         "error": [progress[0], {"error": {"message": "every sample failed"}}],
         "cut": [*text],
+        "line break": [json.dumps(chunk({"content": "a\u2028b"}), ensure_ascii=False), text[1], "[DONE]"],
         "nonsense": ["{"],
     }
     return streams[question]
@@ -158,6 +159,11 @@ def test_options_reach_the_strategy(url: str, app: FastAPI) -> None:
         "budget_tokens": 50,
         "early_stop": False,
     }
+
+
+def test_a_token_that_unicode_calls_a_line_break_is_printed(url: str, capsys: Any) -> None:
+    assert main(["line break", "--url", url]) == 0
+    assert capsys.readouterr().out == "a\u2028bis 4.\n"
 
 
 def test_a_question_from_standard_input(url: str, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
