@@ -4,14 +4,14 @@
 
 Six ways to answer the same problems: ``brief`` and ``plain`` (greedy), ``cot_greedy``, ``cot`` (one sample
 at T=1), ``self_consistency`` and ``best_of_n`` (``--n`` samples at T=1). Reports the share of right answers
-with its 95 % Wilson interval, the generated tokens of all samples, and seconds.
+with its 95 % Wilson interval, the generated tokens of all samples, and seconds. `braid eval` compares any
+strategies on any problems.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import math
 import re
 import sys
 import time
@@ -29,6 +29,7 @@ from benchmarks import load
 from benchmarks.bench import CHAT, positive, save
 from benchmarks.machine import describe_machine, package_versions
 from braid import __version__
+from braid.evaluate.figures import wilson
 from demo import tasks
 from router.extract import extract
 
@@ -220,17 +221,6 @@ def figures(outcomes: Sequence[Outcome], asked: Sequence[Problem], seconds: floa
 def share(flags: Sequence[bool]) -> dict[str, Any]:
     """How many of how many."""
     return {"problems": len(flags), "accuracy": sum(flags) / len(flags)}
-
-
-def wilson(successes: int, trials: int, z: float = 1.959964) -> list[float]:
-    """The Wilson score interval of a proportion (Wilson 1927), 95 % by default."""
-    if trials == 0:
-        return [0.0, 1.0]
-    p = successes / trials
-    centre = p + z * z / (2 * trials)
-    reach = z * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials))
-    scale = 1 + z * z / trials
-    return [max(0.0, (centre - reach) / scale), min(1.0, (centre + reach) / scale)]
 
 
 def table(methods: Mapping[str, Mapping[str, Any]]) -> Table:

@@ -29,11 +29,22 @@ COMMANDS = {
     "router": "run the router: the OpenAI HTTP API",
     "prefill": "run a prefill worker (vLLM flags after --)",
     "decode": "run a decode worker (vLLM flags after --)",
+    "sim": "run simulated workers: made-up answers in modelled time",
     "ask": "ask a question and watch the samples come in",
+    "eval": "compare strategies on a file of problems: accuracy and cost",
+    "batch": "answer a file of requests (OpenAI's batch format)",
     "bench": "benchmark a running server",
     "doctor": "explain what is wrong with an installation",
     "keys": "make the keys that encrypt traffic between machines",
     "version": "print the version",
+}
+
+# Where the commands are that parse their own arguments.
+_OWN_ARGUMENTS = {
+    "ask": "braid.ask",
+    "batch": "braid.batch.command",
+    "bench": "benchmarks.bench",
+    "eval": "braid.evaluate.command",
 }
 
 # Where a process's settings are, and whether engine flags may follow after `--`.
@@ -43,6 +54,7 @@ _SETTINGS = {
     "prefill": ("braid.settings", "PrefillSettings", True),
     "decode": ("braid.settings", "DecodeSettings", True),
     "doctor": ("braid.doctor", "DoctorSettings", False),
+    "sim": ("braid.sim.settings", "SimSettings", False),
 }
 
 
@@ -56,7 +68,7 @@ class Invocation:
 
     Attributes:
         command: one of :data:`COMMANDS`.
-        settings: the validated settings of ``up``, ``router``, ``prefill``, ``decode`` and ``doctor``.
+        settings: the validated settings, of a command that has a settings class.
         rest: engine flags after ``--``; for the other commands, their own arguments.
     """
 
@@ -98,7 +110,10 @@ def parse(argv: Sequence[str]) -> Invocation:
     if rest and not takes_engine_flags:
         raise UsageError(f"`braid {command}` takes nothing after --, but got {' '.join(rest)}")
     settings_cls: type[ProcessSettings] = getattr(importlib.import_module(module), name)
-    return Invocation(command, build_settings(command, settings_cls, own), tuple(rest))
+    settings = build_settings(command, settings_cls, own)
+    if rest and getattr(settings, "engine", "") == "sim":
+        raise UsageError(f"the simulated engine takes nothing after --, but got {' '.join(rest)}")
+    return Invocation(command, settings, tuple(rest))
 
 
 def run(invocation: Invocation) -> int:
@@ -109,14 +124,15 @@ def run(invocation: Invocation) -> int:
             return 0
         case "keys":
             return _keys(invocation.rest)
-        case "ask" | "bench":
-            module = {"ask": "braid.ask", "bench": "benchmarks.bench"}[invocation.command]
-            return int(_import(module).main(list(invocation.rest)) or 0)
+        case "ask" | "batch" | "bench" | "eval":
+            return int(_import(_OWN_ARGUMENTS[invocation.command]).main(list(invocation.rest)) or 0)
         case "prefill" | "decode":
             process = _import(f"{invocation.command}_server.main")
             return int(process.main(invocation.settings, list(invocation.rest)) or 0)
         case "up":
             return int(_import("deploy.local").main(invocation.settings, list(invocation.rest)))
+        case "sim":
+            return int(_import("braid.sim.serve").main(invocation.settings))
         case "doctor":
             return int(_import("braid.doctor").main(invocation.settings))
         case _:
@@ -228,7 +244,10 @@ def _explain(command: str, settings_cls: type[ProcessSettings], error: Validatio
     lines = []
     for item in error.errors(include_url=False):
         name = str(item["loc"][0]) if item["loc"] else ""
-        if item["type"] == "extra_forbidden":
+        if any(isinstance(key, str) for key in item["loc"][1:]):  # inside a table of the file
+            place = ".".join(map(str, item["loc"]))
+            lines.append(f"{place}: {item['msg']} (in [{command}] of the file, or BRAID_{name.upper()})")
+        elif item["type"] == "extra_forbidden":
             hint = _did_you_mean(name, settings_cls.model_fields)
             lines.append(f"unknown key {name!r} in [{command}] of {os.environ.get('BRAID_CONFIG')}{hint}")
         elif not name:

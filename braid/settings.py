@@ -21,6 +21,8 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from braid.services import Retrievers, Verifiers
+
 LOOPBACK = ("127.", "localhost", "[::1]", "::1")
 
 
@@ -62,7 +64,7 @@ class ProcessSettings(BaseSettings):
         return init_settings, env_settings, _Table(settings_cls, Path(path))
 
 
-TABLES = ("router", "prefill", "decode", "up", "doctor")
+TABLES = ("router", "prefill", "decode", "up", "doctor", "sim")
 """Tables of the settings file."""
 
 
@@ -129,6 +131,12 @@ class RouterSettings(ProcessSettings):
         description="URL that spans of requests are sent to (OTLP over HTTP), such as "
         "http://127.0.0.1:4318/v1/traces; OTEL_EXPORTER_OTLP_TRACES_ENDPOINT is taken too",
     )
+    verifiers: Verifiers = Field(
+        {}, description="verifiers by name, a table each in the file (docs/strategies.md), JSON elsewhere"
+    )
+    retrievers: Retrievers = Field(
+        {}, description="retrievers by name, a table each in the file (docs/strategies.md), JSON elsewhere"
+    )
 
     @model_validator(mode="after")
     def _curve(self) -> RouterSettings:
@@ -147,13 +155,50 @@ Transports = Annotated[
 """Names of :mod:`kvtransfer.transport`, in order of preference."""
 
 
-class WorkerSettings(ProcessSettings):
+class SimulatedSettings(ProcessSettings):
+    """The simulated engine (`engine` sim): made-up answers in modelled time."""
+
+    # The router imports these classes and uses none of them: building their schemas waits for the first use.
+    model_config = SettingsConfigDict(defer_build=True)
+
+    engine: Literal["vllm", "sim"] = Field("vllm", description="what computes; `sim`: nothing does")
+    sim_workers: int = Field(1, ge=1, le=1024, description="simulated workers in this process")
+    sim_time_scale: float = Field(1.0, gt=0, description="seconds that a simulated second takes")
+    sim_model_file: Path | None = Field(
+        None, description="step times, as benchmarks/fit_sim.py writes them (default: the built-in ones)"
+    )
+    sim_max_model_len: int = Field(8192, ge=2, description="longest sequence in tokens")
+    sim_blocks: int = Field(2048, ge=2, description="blocks of a worker's KV cache")
+    sim_slots: int = Field(128, ge=1, description="most sequences that a worker runs at a time")
+    sim_chunk: int = Field(512, ge=1, description="most tokens of a scheduling step: a prefill chunk")
+    sim_kv: Literal["counted", "moved"] = Field(
+        "counted", description="KV on its way: time passes and bytes are counted, or synthetic bytes move"
+    )
+    sim_kv_bytes: int = Field(4096, gt=0, multiple_of=16, description="KV bytes of a token")
+    sim_bandwidth: float = Field(1e9, gt=0, description="bytes a second of a counted transfer")
+    sim_latency_s: float = Field(0.001, ge=0, description="what a counted transfer takes besides")
+    sim_tokens: float = Field(48.0, ge=1, description="median length of a sample in tokens (lognormal)")
+    sim_sigma: float = Field(0.4, ge=0, le=3, description="spread of the logarithm of the length")
+    sim_accuracy: float = Field(0.6, ge=0, le=1, description="share of samples with the right answer")
+    sim_answers: int = Field(4, ge=0, le=1000, description="wrong answers that the other samples give")
+
+    @model_validator(mode="after")
+    def _fits(self) -> SimulatedSettings:
+        block_size = getattr(self, "block_size", 1)
+        if self.engine == "sim" and self.sim_blocks * block_size < self.sim_max_model_len:
+            raise ValueError(
+                f"sim_blocks of {block_size} tokens do not hold one sequence of sim_max_model_len tokens"
+            )
+        return self
+
+
+class WorkerSettings(SimulatedSettings):
     """A prefill or decode worker: one vLLM engine."""
 
     port: int = Field(0, ge=0, le=65535, description="HTTP port of health and metrics (0: any)")
     router: str = Field("tcp://127.0.0.1:9100", description="the router's link endpoint")
     worker: str = Field("", description="name of this worker (default: role and a random suffix)")
-    model: str = Field(..., description="model folder or name, as vLLM takes it")
+    model: str = Field("", description="model folder or name, as vLLM takes it (required by vLLM)")
     served_model_name: str = Field("", description="name clients use (default: the model's folder name)")
     run_dir: Path | None = Field(None, description="folder of sockets (default: a private temporary one)")
     block_size: int = Field(
@@ -171,6 +216,14 @@ class WorkerSettings(ProcessSettings):
     kv_plaintext: bool = Field(
         False, description="allow `nixl` and `collective`, which do not encrypt, in a cluster with keys"
     )
+
+    @model_validator(mode="after")
+    def _named(self) -> WorkerSettings:
+        if self.engine == "vllm" and not self.model:
+            raise ValueError("model is required (--model, BRAID_MODEL or `model` in the file)")
+        if self.engine == "sim" and not (self.served_model_name or "sim").startswith("sim"):
+            raise ValueError("a simulated model's served_model_name must begin with `sim`")
+        return self
 
     @model_validator(mode="after")
     def _curve(self) -> WorkerSettings:
@@ -217,6 +270,9 @@ class DecodeSettings(WorkerSettings):
 
     max_load_share: float = Field(
         0.5, gt=0, le=1, description="share of the KV cache that transfers in flight may hold"
+    )
+    max_kept_share: float = Field(
+        0.25, ge=0, le=1, description="share of it that ended samples may hold for what goes on from them"
     )
 
 

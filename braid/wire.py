@@ -15,6 +15,7 @@ until welcomed)
 ``Beat`` every heartbeat     ``Ping`` every heartbeat
 ..                           ``Prefill`` -> P and ``Decode`` -> each D, sent at the same time
 P: one ``PrefillDone``       ``Cancel`` at any time, idempotent
+..                           ``Forget`` -> D when nothing goes on from kept samples
 D: ``Head``, ``Body``... the
 last with ``end`` (mode
 http), or ``Sample`` a
@@ -37,7 +38,7 @@ import msgspec
 
 _T = TypeVar("_T")
 
-PROTOCOL = 2
+PROTOCOL = 3
 MAX_FRAME = 64 * 1024 * 1024
 """Upper bound of one frame in bytes."""
 
@@ -73,6 +74,19 @@ class Ticket(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defau
     fingerprint: str
     consumers: tuple[int, ...] = (1,)
     block_size: int = 0
+
+
+class Watch(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defaults=True):
+    """The confidence of samples as they grow (DeepConf, Fu et al. 2025, arXiv 2508.15260).
+
+    A token's confidence is minus the mean of its ``top`` largest log-probabilities; a group's is the mean
+    over the last ``window`` tokens. ``least``: a sample is ended as soon as a whole group's is below it;
+    None: none is.
+    """
+
+    window: int
+    top: int
+    least: float | None = None
 
 
 class KvRecord(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defaults=True):
@@ -183,7 +197,8 @@ class Sample(_Msg, frozen=True, tag="sample"):
 
     ``index`` is the sample's number in the whole group. ``choice`` is the JSON of the OpenAI choice as
     vLLM's OpenAI layer made it. ``logprob`` is the sum of the sampled tokens' log-probabilities
-    (natural log) and ``tokens`` their count. ``state``: finished | cancelled | failed."""
+    (natural log) and ``tokens`` their count. ``state``: finished | cancelled | failed. ``confidence``: the
+    lowest of a group of its tokens, of one that is watched."""
 
     ref: int
     index: int
@@ -194,6 +209,7 @@ class Sample(_Msg, frozen=True, tag="sample"):
     tokens: int = 0
     logprob: float | None = None
     error: str = ""
+    confidence: float | None = None
 
 
 class GroupDone(_Msg, frozen=True, tag="group_done"):
@@ -242,7 +258,11 @@ class Decode(_Msg, frozen=True, tag="decode"):
 
     ``ticket`` None means: compute the prompt here (path ``local``). ``first`` is the number of the
     share's first sample in its group: seeds are derived from it. ``mode`` ``http`` answers with
-    ``Head``/``Body``; ``samples`` with ``Sample``/``GroupDone`` (``stream`` in the body is ignored)."""
+    ``Head``/``Body``; ``samples`` with ``Sample``/``GroupDone`` (``stream`` in the body is ignored).
+
+    ``keep``: the KV of each sample stays, as far as there is room, under the name
+    ``{request_id}-{number}`` until a ``Forget`` or until it has not been used for a while. ``after`` is such
+    a name: the body repeats that sample's prompt and text, and what it kept is used."""
 
     ref: int
     target: str
@@ -255,6 +275,10 @@ class Decode(_Msg, frozen=True, tag="decode"):
     headers: tuple[tuple[str, str], ...] = ()
     reason: str = ""
     """Why there is no ticket (metric label), when there is none."""
+    keep: bool = False
+    after: str = ""
+    watch: Watch | None = None
+    """In mode ``samples``: how the samples' confidence is measured, and which are ended for it."""
 
 
 class Lost(_Msg, frozen=True, tag="lost"):
@@ -273,8 +297,14 @@ class Cancel(_Msg, frozen=True, tag="cancel"):
     samples: tuple[int, ...] | None = None
 
 
+class Forget(_Msg, frozen=True, tag="forget"):
+    """To D: nothing goes on from these kept samples any more. Unknown names are passed over."""
+
+    names: tuple[str, ...]
+
+
 FromWorker = Hello | Beat | Bye | PrefillDone | Head | Body | Sample | GroupDone
-ToWorker = Welcome | Ping | Prefill | Decode | Lost | Cancel
+ToWorker = Welcome | Ping | Prefill | Decode | Lost | Cancel | Forget
 
 _encoder = msgspec.msgpack.Encoder()
 _from_worker: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)

@@ -17,9 +17,12 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from braid import wire
 from braid.proof import merge
 from braid.worker.prompt import shareable
+from decode_server import beams
+from decode_server.confidence import Confidence
+from decode_server.kept import KeptSamples, splice
 from decode_server.prefix import Held, Prefixes, Source
 from decode_server.seeds import sample_seed
-from kvtransfer.adapter.options import PARAM
+from kvtransfer.adapter.options import KEEP, PARAM
 
 Ended = Callable[[int, RequestOutput | None, str], None]
 """Called once a sample: its number in the group, its last output (None: cancelled or failed), error."""
@@ -32,23 +35,38 @@ class Job:
     Attributes:
         first: number of the share's first sample in the group.
         on_sample: set in mode ``samples``: every sample is reported when it ends.
+        keep: set if samples are to be kept: what their names begin with (``{keep}-{number}``).
+        after: name of the kept sample that the body goes on from; empty if none.
         held: one entry a prompt of the body, as they come.
         samples: engine request ids of the running samples, by their number in the group.
         cancelled: numbers of samples that the router no longer wants, also of those not yet begun.
         generated: tokens generated so far, by sample number, also of cancelled samples.
+        watch: how the samples' confidence is measured, None if it is not.
+        confidence: of samples that are watched, by their number.
+        beams: engine request ids of the running steps of a beam search; None if it is none.
     """
 
     source: Source
     prefixes: Prefixes
+    kept: KeptSamples
     first: int = 0
     on_sample: Ended | None = None
+    keep: str = ""
+    after: str = ""
     parts: int = 0
     held: list[Held] = field(default_factory=list)
     samples: dict[int, str] = field(default_factory=dict)
     cancelled: set[int] = field(default_factory=set)
     generated: dict[int, int] = field(default_factory=dict)
+    watch: wire.Watch | None = None
+    confidence: dict[int, float] = field(default_factory=dict)
+    beams: set[str] | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0
+
+    def name_of(self, number: int) -> str:
+        """What a sample is kept as; empty if it is not."""
+        return f"{self.keep}-{number}" if self.keep else ""
 
     def record(self) -> wire.KvRecord:
         """The transfers of all prompts, summed; the path is the worst of them."""
@@ -73,7 +91,13 @@ class DecodeLLM(AsyncLLM):
             async for output in super().generate(prompt, sampling_params, request_id, **options):
                 yield output
             return
+        if job.beams is not None:
+            async for output in self._beam_step(job, prompt, sampling_params, request_id, options):
+                yield output
+            return
         part, job.parts = job.parts, job.parts + 1
+        if job.after:
+            prompt = self._continued(job, prompt)
         held = await self._acquire(job, part, prompt, sampling_params, options)
         try:
             run = _Samples(self, job, part, held, prompt, sampling_params, request_id, options)
@@ -82,6 +106,40 @@ class DecodeLLM(AsyncLLM):
                     yield output
         finally:
             job.prefixes.release(held)
+
+    async def _beam_step(
+        self, job: Job, prompt: Any, params: SamplingParams, request_id: str, options: dict[str, Any]
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """One token of one beam. The first step is of the bare prompt, alone, and imports it; the service
+        releases it with the dispatch."""
+        if not job.held:
+            await self._acquire(job, 0, prompt, params, options)
+            job.prompt_tokens = len(prompt.get("prompt_token_ids") or ())
+            job.cached_tokens = job.held[0].cached
+        assert job.beams is not None
+        if job.cancelled:
+            yield beams.aborted(request_id, prompt)
+            return
+        if job.held[0].name is not None:
+            params = params.clone()
+            params.extra_args = {"kv_transfer_params": {PARAM: job.held[0].name}}
+        job.beams.add(request_id)
+        try:
+            async for output in self.plain(prompt, params, request_id, **options):
+                tokens = len(output.outputs[0].token_ids)
+                job.generated[job.first] = job.generated.get(job.first, 0) + tokens
+                yield output
+        finally:
+            job.beams.discard(request_id)
+
+    def _continued(self, job: Job, prompt: Any) -> Any:
+        """The prompt with the own tokens of the sample that it goes on from, if that one is still there."""
+        tokens = job.kept.tokens(job.after)
+        if tokens is None or shareable(prompt, None) is None:
+            job.after = ""
+            return prompt
+        own = splice(tokens, prompt["prompt_token_ids"], self.renderer.tokenizer)
+        return {**prompt, "prompt_token_ids": own}
 
     async def _acquire(
         self, job: Job, part: int, prompt: Any, params: SamplingParams, options: dict[str, Any]
@@ -160,11 +218,18 @@ class _Samples:
         try:
             if number not in job.cancelled:
                 stream = self._llm.plain(self._prompt, self._child_params(i), engine_id, **self._options)
+                watched = self._job.watch and Confidence(self._job.watch)
                 async for output in stream:
                     self._account(output, number)
                     output.outputs[0].index = i
                     last = output if output.finished else last
-                    self._queue.put_nowait(output)
+                    if watched and watched.falls(output.outputs[0]):
+                        job.cancelled.add(number)
+                        await self._llm.abort([engine_id])
+                    if output.finished or not watched:
+                        self._queue.put_nowait(output)
+                if watched and watched.lowest is not None:
+                    job.confidence[number] = watched.lowest
                 error = "" if last is not None else "no output"
             self._queue.put_nowait(None)
         except Exception as failure:
@@ -172,8 +237,20 @@ class _Samples:
             self._queue.put_nowait(failure if job.on_sample is None else None)
         finally:
             del job.samples[number]
+            self._keep(number, last)
             if job.on_sample is not None:
                 job.on_sample(number, last, error)
+
+    def _keep(self, number: int, last: RequestOutput | None) -> None:
+        """Remember a sample that the engine has kept, or have it let go of one that nobody wants."""
+        job = self._job
+        if not job.keep:
+            return
+        if last is None or number in job.cancelled:
+            job.kept.release(job.name_of(number))
+        else:
+            tokens = [*(last.prompt_token_ids or ()), *last.outputs[0].token_ids]
+            job.kept.add(job.name_of(number), tokens)
 
     def _account(self, output: RequestOutput, number: int) -> None:
         job, completion = self._job, output.outputs[0]
@@ -192,9 +269,13 @@ class _Samples:
         params.seed = sample_seed(self._params.seed, self._base + i)
         extra = dict(params.extra_args or {})
         extra.pop("kv_transfer_params", None)
-        if self._held.name is not None:
-            extra["kv_transfer_params"] = {PARAM: self._held.name}
+        transfer = {PARAM: self._held.name or self._job.after, KEEP: self._job.name_of(self._base + i)}
+        if any(transfer.values()):
+            extra["kv_transfer_params"] = {key: name for key, name in transfer.items() if name}
         params.extra_args = extra or None
+        if (watch := self._job.watch) is not None:
+            params.logprobs = max(watch.top, params.logprobs or 0)
+            params.output_kind = RequestOutputKind.CUMULATIVE  # every token is seen as it comes
         if self._job.on_sample is not None and params.logprobs is None:
             params.logprobs = 0  # of the sampled token: strategies weigh by it
         return params

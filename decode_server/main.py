@@ -15,6 +15,11 @@ def main(settings: DecodeSettings, engine_args: list[str]) -> int:
         engine_args: vLLM's own flags (what stands after ``--`` on the command line).
     """
 
+    if settings.engine == "sim":
+        from braid.sim.serve import run
+
+        return run(settings, prefill=0, decode=settings.sim_workers)
+
     def service(engine: Any, send: Any) -> Any:
         from decode_server.service import DecodeService
 

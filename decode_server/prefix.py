@@ -117,7 +117,14 @@ class Prefixes:
         if held.name is None:
             return
         name, held.name = held.name, None
-        task = asyncio.get_running_loop().create_task(self._release(name, held.blocks))
+        self._soon(self._release(name, held.blocks))
+
+    def let_go(self, name: str) -> None:
+        """Unpin what the engine holds under a name; nothing if there is no such name."""
+        self._soon(self._release(name, 0))
+
+    def _soon(self, release: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(release)
         self._releases.add(task)
         task.add_done_callback(self._releases.discard)
 

@@ -17,7 +17,9 @@ from braid.settings import DecodeSettings
 from braid.worker.asgi import post
 from braid.worker.counters import Counters
 from braid.worker.engine import Engine
+from decode_server import beams
 from decode_server.choices import ChoiceMaker
+from decode_server.kept import KeptSamples
 from decode_server.llm import JOB, Job
 from decode_server.prefix import Prefixes, Source
 
@@ -45,6 +47,8 @@ class DecodeService:
         self._engine = engine
         self._send = send
         self._prefixes = Prefixes(engine, settings.max_load_share, settings.load_timeout_s)
+        kept = int(engine.blocks * settings.max_kept_share)
+        self._kept = KeptSamples(kept, engine.block_size, self._prefixes.let_go)
         self._running: dict[int, _Dispatch] = {}
         self._counters = Counters(engine)
 
@@ -52,9 +56,15 @@ class DecodeService:
         if isinstance(message, wire.Prefill) or message.ref in self._running:
             log.warning("unexpected_dispatch", extra={"ref": message.ref})
             return
-        job = Job(Source(message.ticket, message.reason), self._prefixes, message.first)
+        job = Job(Source(message.ticket, message.reason), self._prefixes, self._kept, message.first)
+        job.keep = message.request_id if message.keep and message.mode == "samples" else ""
+        job.after = message.after
+        job.watch = message.watch if message.mode == "samples" else None
+        job.beams = set() if beams.searches(message.body) else None
         dispatch = self._running[message.ref] = _Dispatch(message, job)
-        run = self._run_http if message.mode == "http" else self._run_samples
+        run = self._run_http
+        if message.mode == "samples":
+            run = self._run_samples if job.beams is None else self._run_beams
         dispatch.task = asyncio.create_task(self._guard(dispatch, run))
         dispatch.task.add_done_callback(lambda task: self._ended(dispatch, task))
 
@@ -67,6 +77,7 @@ class DecodeService:
             return
         dispatch.job.cancelled.update(message.samples)
         wanted = [dispatch.job.samples[i] for i in message.samples if i in dispatch.job.samples]
+        wanted += dispatch.job.beams or ()
         if wanted:
             asyncio.get_running_loop().create_task(self._engine.llm.abort(wanted))
 
@@ -74,7 +85,12 @@ class DecodeService:
         if (dispatch := self._running.get(message.ref)) is not None:
             dispatch.job.source.change(message.ticket, message.reason)
 
+    def forget(self, message: wire.Forget) -> None:
+        for name in message.names:
+            self._kept.forget(name)
+
     def cancel_all(self, reason: str) -> None:
+        self._kept.clear()
         for dispatch in list(self._running.values()):
             if dispatch.task is not None:
                 dispatch.task.cancel()
@@ -92,6 +108,7 @@ class DecodeService:
         return {
             **self._counters.core,
             "dispatches": len(self._running),
+            "kept": len(self._kept),
             "loads": self._counters.kv.loads,
             "import_blocks": self._prefixes.held_blocks,
         }
@@ -109,6 +126,8 @@ class DecodeService:
             log.exception("dispatch_failed", extra={"request_id": message.request_id})
             self._end_early(message, 500, type(error).__name__)
         finally:
+            for held in dispatch.job.held:
+                self._prefixes.release(held)
             JOB.reset(token)
 
     def _ended(self, dispatch: _Dispatch, task: asyncio.Task[None]) -> None:
@@ -159,7 +178,7 @@ class DecodeService:
             nonlocal maker
             if maker is None:
                 maker = ChoiceMaker(self._engine.app.state, message.target, body, message.request_id)
-            report = asyncio.create_task(self._report(message.ref, maker, number, output, error))
+            report = asyncio.create_task(self._report(dispatch, maker, number, output, error))
             dispatch.reports.add(report)
 
         def on_start(code: int, headers: list[tuple[str, str]]) -> None:
@@ -182,9 +201,34 @@ class DecodeService:
             )
         )
 
+    async def _run_beams(self, dispatch: _Dispatch) -> None:
+        """Report the best beam as the one sample of the share."""
+        message, job = dispatch.message, dispatch.job
+        status, chunks = 500, list[bytes]()
+
+        def on_start(code: int, headers: list[tuple[str, str]]) -> None:
+            nonlocal status
+            status = code
+
+        headers = (*message.headers, ("x-request-id", message.request_id))
+        body = beams.widened(message.body)
+        await post(self._engine.app, message.target, body, headers, on_start, chunks.append)
+        reply, tokens = b"".join(chunks), sum(job.generated.values())
+        if status == 200:
+            self._send(beams.best(message.ref, message.first, reply, tokens))
+            reply = b""
+        told = job.prompt_tokens, job.cached_tokens, tokens, job.record()
+        self._send(wire.GroupDone(message.ref, status, reply, *told))
+
     async def _report(
-        self, ref: int, maker: ChoiceMaker, number: int, output: RequestOutput | None, error: str
+        self,
+        dispatch: _Dispatch,
+        maker: ChoiceMaker,
+        number: int,
+        output: RequestOutput | None,
+        error: str,
     ) -> None:
+        ref = dispatch.message.ref
         if output is None:
             self._send(wire.Sample(ref, number, "failed" if error else "cancelled", error=error))
             return
@@ -200,6 +244,7 @@ class DecodeService:
                 completion.finish_reason or "",
                 len(completion.token_ids),
                 completion.cumulative_logprob,
+                confidence=dispatch.job.confidence.get(number),
             )
         )
 

@@ -29,7 +29,7 @@ from pydantic import Field
 from braid.settings import ProcessSettings
 from deploy.placement import Hardware, Seat, seats
 
-Role = Literal["router", "prefill", "decode"]
+Role = Literal["router", "prefill", "decode", "sim"]
 LOOPBACK = "127.0.0.1"
 POLL_S = 0.25
 WORKER_END_S = 8.0
@@ -41,6 +41,9 @@ class UpSettings(ProcessSettings):
 
     _table: str = "up"
 
+    engine: Literal["vllm", "sim"] = Field(
+        "vllm", description="what computes; `sim`: nothing does, all workers are simulated in one process"
+    )
     prefill: int = Field(1, ge=1, description="prefill workers")
     decode: int = Field(2, ge=1, description="decode workers")
     port: int = Field(8000, ge=0, le=65535, description="HTTP port of the router (0: any free one)")
@@ -123,7 +126,8 @@ class Cluster:
     def model(self) -> str:
         """Name that clients use."""
         settings = self.settings
-        return settings.served_model_name or (Path(settings.model).name if settings.model else "demo")
+        default = "sim" if settings.engine == "sim" else "demo"
+        return settings.served_model_name or (Path(settings.model).name if settings.model else default)
 
     @property
     def pids(self) -> dict[str, int]:
@@ -155,6 +159,8 @@ class Cluster:
         router = ["--host", settings.host, "--port", str(self.port), "--link", link]
         router += ["--drain-s", str(settings.drain_s), "--log-level", settings.log_level]
         found = [Plan("router", "router", self._command("router", router), {})]
+        if settings.engine == "sim":
+            return [*found, self._simulated(link)]
         placed = seats(self._hardware, settings.prefill, settings.decode)
         for i, seat in enumerate(placed):
             role: Role = "prefill" if i < settings.prefill else "decode"
@@ -277,6 +283,26 @@ class Cluster:
         argv = self._command(role, (*flags, "--", *engine, *self.engine_args))
         return Plan(name, role, argv, {**self._engine_env(), **seat.env})
 
+    def _simulated(self, link: str) -> Plan:
+        """All workers, simulated in one process."""
+        settings = self.settings
+        flags = ["--router", link, "--worker", "sim", "--served-model-name", self.model]
+        flags += ["--prefill", str(settings.prefill), "--decode", str(settings.decode)]
+        flags += ["--sim-chunk", str(settings.chunk), "--drain-s", str(settings.drain_s)]
+        if settings.max_model_len is not None:
+            flags += ["--sim-max-model-len", str(settings.max_model_len)]
+        argv = self._command("sim", (*flags, "--log-level", settings.log_level))
+        return Plan("sim", "sim", argv, {})
+
+    @property
+    def _workers(self) -> set[str]:
+        """Names that the router will know the workers by."""
+        settings = self.settings
+        if settings.engine != "sim":
+            return set(self.children) - {"router"}
+        counts = {"prefill": settings.prefill, "decode": settings.decode}
+        return {f"sim-{role}-{i}" for role, count in counts.items() for i in range(count)}
+
     def _command(self, role: Role, flags: Sequence[str]) -> tuple[str, ...]:
         return (sys.executable, "-m", "braid", role, *flags)
 
@@ -344,7 +370,7 @@ class Cluster:
     def _complete(self, client: httpx.Client) -> bool:
         """Whether every worker is up, as far as the router tells without a key."""
         up = registered(client, self.url)
-        return up is None or up >= set(self.children)
+        return up is None or up >= {"router", *self._workers}
 
     def _not_ready(self, limit: float) -> str:
         logs = "\n".join(f"{name}:\n{self.tail(name, 3)}" for name in self.children)

@@ -64,6 +64,7 @@ class Lease(Generic[P]):
         spans: the blocks that will be published, by group.
         pieces: what has been, by group, in block order without gaps.
         at: where its memory begins once it is held.
+        stretch: factor of its pieces' size, what suits all subscribers.
         writers: threads that fill a piece now.
         sent: bytes given to transports; ``early``: of those, before the last blocks were handed over.
     """
@@ -76,6 +77,7 @@ class Lease(Generic[P]):
     pieces: dict[int, list[P]] = field(default_factory=dict)
     subscribers: dict[SubId, Subscriber] = field(default_factory=dict)
     at: int = -1
+    stretch: int = 1
     writers: int = 0
     sent: int = 0
     early: int = 0

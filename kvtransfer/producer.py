@@ -84,7 +84,8 @@ class Producer:
         lease_s: see :class:`~kvtransfer.lease.LeaseTable`.
         emit: receives ``Opened``, ``Closed``.
         transports: makes those this producer has.
-        piece_bytes: largest parcel (one block at least).
+        piece_bytes: largest parcel (one block at least), but for a single subscriber whose transport likes
+            them larger.
         codec: names how rows are encoded ("" for not at all).
     """
 
@@ -185,7 +186,8 @@ class Producer:
         lease.early = lease.sent
         try:
             block_bytes = self._shapes[group].block_bytes
-            for run in pieces(0, count, block_bytes, self._piece_bytes):
+            piece_bytes = min(self._piece_bytes * lease.stretch, wire.MAX_PAYLOAD // 2)
+            for run in pieces(0, count, block_bytes, piece_bytes):
                 piece = self._piece(lease, group, first + run.start, len(run))
                 fence = fill(run, piece.rows)
                 if fence is None:
@@ -263,6 +265,7 @@ class Producer:
             self.table.end_subscriber(lease.key, subscriber.id)
             self._tell(subscriber, wire.Refused(subscriber.id[1], "bad_blocks"))
             return
+        lease.stretch = session.sender.stretch if len(lease.subscribers) == 1 else 1
         self._tell(subscriber, msgspec.structs.replace(lease.manifest, sub=subscriber.id[1]))
         self._feed(lease, subscriber)
 

@@ -14,6 +14,11 @@ def main(settings: PrefillSettings, engine_args: list[str]) -> int:
     Args:
         engine_args: vLLM's own flags (what stands after ``--`` on the command line).
     """
+    if settings.engine == "sim":
+        from braid.sim.serve import run
+
+        return run(settings, prefill=settings.sim_workers, decode=0)
+
     return run_worker(settings, engine_args, "prefill", _llm_class, _service)
 
 

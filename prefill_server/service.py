@@ -61,6 +61,9 @@ class PrefillService:
     def lost(self, message: wire.Lost) -> None:
         """Nothing: a prefill worker depends on no producer."""
 
+    def forget(self, message: wire.Forget) -> None:
+        """Nothing: a prefill worker keeps no samples."""
+
     def cancel_all(self, reason: str) -> None:
         for task in self._jobs.values():
             task.cancel()

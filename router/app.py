@@ -28,8 +28,10 @@ from router.link import Link
 from router.metrics import CONTENT_TYPE, Metrics
 from router.pairs import Pairs
 from router.registry import Registry
+from router.retrievers import Retrievers
 from router.tracing import make_tracer
 from router.validate import Endpoint, Request, parse_body, validate
+from router.verifiers import Verifiers
 
 log = logging.getLogger("braid.router")
 
@@ -49,7 +51,17 @@ class App:
         self.registry = Registry()
         self.link = Link(settings, self.registry, self.metrics)
         self.pairs = Pairs(settings, self.registry, self.link, self.metrics)
-        self.cluster = Cluster(settings, self.metrics, self.registry, self.link, self.pairs)
+        self.verifiers = Verifiers(settings.verifiers, self.metrics)
+        self.retrievers = Retrievers(settings.retrievers, self.metrics)
+        self.cluster = Cluster(
+            settings,
+            self.metrics,
+            self.registry,
+            self.link,
+            self.pairs,
+            self.verifiers,
+            self.retrievers,
+        )
         self.admission = Admission(
             settings.max_inflight, settings.queue_limit, settings.queue_timeout_s, self.metrics
         )
@@ -79,6 +91,8 @@ class App:
         await self.pairs.stop()
         await self.link.stop()
         await self.tracer.stop()
+        await self.verifiers.aclose()
+        await self.retrievers.aclose()
 
     async def drain(self, timeout_s: float) -> None:
         """Refuse new requests, let running ones end, and end the rest with an error at the timeout."""
@@ -269,7 +283,8 @@ class App:
 
     async def _strategies(self, call: Call, tenant: str) -> None:
         data = strategies.describe(trigger=self.settings.trigger)
-        await call.respond_json({"object": "list", "data": data})
+        services = {"verifiers": self.verifiers.describe(), "retrievers": self.retrievers.describe()}
+        await call.respond_json({"object": "list", "data": data, **services})
 
     def _gauge(self) -> None:
         self.metrics.workers.clear()

@@ -10,6 +10,8 @@ from router.link import Link
 from router.metrics import Metrics
 from router.pairs import Pairs
 from router.registry import Registry
+from router.retrievers import Retrievers
+from router.verifiers import Verifiers
 
 RETRY_AFTER_S = 2.0
 """What a client is told to wait when no worker can serve it now."""
@@ -22,6 +24,8 @@ class Cluster:
     registry: Registry
     link: Link
     pairs: Pairs
+    verifiers: Verifiers
+    retrievers: Retrievers
 
     def served_model(self, model: str | None) -> str:
         """The model a request means; None means the only one.

@@ -42,6 +42,11 @@ class Job:
         prompts: prompts in the body; more than one is never split over workers.
         deadline: on the event loop's clock.
         local: reason not to use a prefill worker, empty if there is none.
+        first: number of the first sample: workers derive seeds from the number.
+        keep: have the decode workers keep the samples' KV (mode ``samples``).
+        home: name of the decode worker that has the prompt already; used if it is ready.
+        after: what ``home`` knows the sample by that the body goes on from.
+        watch: have the decode workers measure the samples' confidence (mode ``samples``).
         trace: span that those of the dispatches are below.
     """
 
@@ -55,6 +60,11 @@ class Job:
     mode: Literal["http", "samples"] = "http"
     headers: tuple[tuple[str, str], ...] = ()
     local: str = ""
+    first: int = 0
+    keep: bool = False
+    home: str = ""
+    after: str = ""
+    watch: wire.Watch | None = None
     trace: Trace = OFF
 
 
@@ -131,12 +141,15 @@ class Fanout:
         decoders = self._decoders()
         if not decoders:
             raise Unavailable("No decode worker is ready.", retry_after_s=RETRY_AFTER_S)
-        spread = self.cluster.settings.spread if self.job.prompts == 1 else "pack"
+        job = self.job
+        home = [worker for worker in decoders if worker.name == job.home]
+        spread = self.cluster.settings.spread if job.prompts == 1 else "pack"
+        local = "continued" if home and job.after else job.local
         plan = placement.place(
-            decoders, self._prefillers(), self.cluster.pairs.usable, self.job.n, spread, self.job.local
+            home or decoders, self._prefillers(), self.cluster.pairs.usable, job.n, spread, local
         )
         self.reason = plan.reason
-        self.shares = [Share(placed.worker, placed.first, placed.n) for placed in plan.shares]
+        self.shares = [Share(placed.worker, job.first + placed.first, placed.n) for placed in plan.shares]
         if plan.prefill is not None:
             self._send_prefill(plan.prefill, self.shares)
         for share in self.shares:
@@ -185,6 +198,17 @@ class Fanout:
                 link.abandon(share.dispatch)
         for worker in self._watched:
             worker.watchers.discard(self._inbox.gone)
+
+    def forget(self) -> None:
+        """Have the decode workers let go of kept samples. Idempotent."""
+        if self.job.keep:
+            for share in self.shares:
+                names = tuple(self.kept(i) for i in range(share.first, share.first + share.n))
+                self.cluster.link.send(share.worker, wire.Forget(names))
+
+    def kept(self, number: int) -> str:
+        """What a decode worker knows a kept sample by."""
+        return f"{self.job.request_id}-{number}" if self.job.keep else ""
 
     # Sending
 
@@ -242,6 +266,9 @@ class Fanout:
             ticket=None if share.prefill is None else share.prefill.ticket,
             headers=share.span.carry(self.job.headers),
             reason=self.reason if share.prefill is None else "",
+            keep=self.job.keep,
+            after=self.job.after if share.worker.name == self.job.home else "",
+            watch=self.job.watch,
         )
         self.cluster.link.send(share.worker, message)
 

@@ -15,8 +15,10 @@ from braid.errors import BraidError
 from router import proof
 from router.cluster import Cluster
 from router.dispatch import Failed, Fanout, Job, Share
+from router.retrievers import Retriever
 from router.sampler import GroupUsage, Sample, State
 from router.validate import prompt_chars
+from router.verifiers import Verifier
 
 log = logging.getLogger("braid.router.groups")
 
@@ -45,20 +47,35 @@ class WorkerSampler:
         self._cluster = cluster
         self._job = job
 
-    def group(self, body: Mapping[str, Any], n: int, first: int = 0) -> WorkerGroup:
+    def group(
+        self,
+        body: Mapping[str, Any],
+        n: int,
+        first: int = 0,
+        *,
+        keep: bool = False,
+        after: Sample | None = None,
+        watch: wire.Watch | None = None,
+    ) -> WorkerGroup:
         position = len(self.groups)
         request_id = f"{self._job.request_id}-{position}" if position else self._job.request_id
         body = {key: value for key, value in body.items() if key not in ("stream", "stream_options")}
         job = replace(
             self._job,
             body={**body, "n": n},
+            model=body.get("model") or self._job.model,  # a verifier may be another one
             n=n,
             mode="samples",
             request_id=request_id,
             local=self._local(body),
+            first=first,
+            keep=keep,
+            watch=watch,
+            home=self._home(body) if after is None else after.worker,
+            after="" if after is None else after.kept,
             trace=self._job.trace.begin("group", request_id=request_id, n=n, first=first),
         )
-        group = WorkerGroup(Numbered(self._cluster, job, first), first)
+        group = WorkerGroup(Fanout(self._cluster, job))
         self.groups.append(group)
         return group
 
@@ -67,31 +84,37 @@ class WorkerSampler:
         long = prompt_chars(body) >= self._cluster.settings.remote_min_chars
         return "" if self._job.local == "short" and long else self._job.local
 
+    def _home(self, body: Mapping[str, Any]) -> str:
+        """The worker that has the prompt from an earlier wave, if one alone has."""
+        for group in reversed(self.groups):
+            if group.fanout.job.body == {**body, "n": group.fanout.job.n}:
+                workers = {share.worker.name for share in group.fanout.shares}
+                return workers.pop() if len(workers) == 1 else ""
+        return ""
+
+    def forget(self) -> None:
+        """Nothing goes on from what has been kept: the request has ended."""
+        for group in self.groups:
+            group.fanout.forget()
+
+    def verifier(self, name: str) -> Verifier:
+        return self._cluster.verifiers.get(name)
+
+    def retriever(self, name: str | None) -> Retriever:
+        return self._cluster.retrievers.get(name)
+
     @property
     def usages(self) -> list[GroupUsage]:
         return [group.usage for group in self.groups]
 
 
-class Numbered(Fanout):
-    """A fan-out whose samples are numbered from ``first``: the workers derive seeds from the number."""
-
-    def __init__(self, cluster: Cluster, job: Job, first: int) -> None:
-        super().__init__(cluster, job)
-        self.first = first
-
-    def _send_decode(self, share: Share) -> None:
-        if share.dispatch is None:  # as placed, counted from 0; a share that moves keeps its numbers
-            share.first += self.first
-        super()._send_decode(share)
-
-
 class WorkerGroup:
     """A :class:`router.sampler.Group`. Owns its fan-out: started on entry, closed on exit."""
 
-    def __init__(self, fanout: Fanout, first: int = 0) -> None:
+    def __init__(self, fanout: Fanout) -> None:
         self.usage = GroupUsage()
         self.fanout = fanout
-        self._outstanding = set(range(first, first + fanout.job.n))
+        self._outstanding = set(range(fanout.job.first, fanout.job.first + fanout.job.n))
         self._tokens: dict[Share, int] = {}
         self._produced = False
         self._held: list[Sample] = []
@@ -173,7 +196,10 @@ class WorkerGroup:
         self._outstanding.discard(message.index)
         self._tokens[share] = self._tokens.get(share, 0) + message.tokens
         self._produced = self._produced or message.state != "failed"
-        ready, self._held = [*self._held, _sample(message)], []
+        ready, self._held = (
+            [*self._held, _sample(message, share.worker.name, self.fanout.kept(message.index))],
+            [],
+        )
         return ready
 
     def _on_done(self, share: Share, message: wire.GroupDone) -> BraidError | None:
@@ -214,7 +240,7 @@ def from_engine(status: int, body: bytes) -> BraidError:
     return kind(message, param=param, code=None if code is None else str(code))
 
 
-def _sample(message: wire.Sample) -> Sample:
+def _sample(message: wire.Sample, worker: str, kept: str) -> Sample:
     state, error = _STATES[message.state], message.error
     choice: Any = {}
     if message.choice:
@@ -233,4 +259,7 @@ def _sample(message: wire.Sample) -> Sample:
         logprob=message.logprob,
         choice=choice,
         error=error,
+        confidence=message.confidence,
+        worker=worker,
+        kept=kept,
     )

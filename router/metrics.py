@@ -24,6 +24,12 @@ class Metrics:
         )
         self.errors = Counter("braid_errors", "Errors answered, by kind", ["error"], registry=r)
         self.strategies = Counter("braid_strategies", "Requests by strategy", ["strategy"], registry=r)
+        self.service_calls = Counter(
+            "braid_service_calls",
+            "Calls of verifiers and retrievers over HTTP, by outcome",
+            ["service", "outcome"],
+            registry=r,
+        )
         self.path = Counter(
             "braid_path", "Prompts by how their KV came to a decode worker", ["path", "reason"], registry=r
         )

@@ -98,6 +98,7 @@ async def run(cluster: Cluster, call: Call, job: Job, prepared: Prepared, stream
         call.trace.usage(_usage(answer.usages))
         await (reply.finish_stream(answer) if stream else reply.whole(answer))
     finally:
+        sampler.forget()
         proof.count(cluster.metrics, _kv(sampler.usages))
 
 

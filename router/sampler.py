@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from braid.proof import merge
-from braid.wire import KvRecord
+from braid.wire import KvRecord, Watch
+
+if TYPE_CHECKING:
+    from router.retrievers import Retriever
+    from router.verifiers import Verifier
 
 State = Literal["finished", "stopped_early", "failed"]
 
@@ -29,6 +33,9 @@ class Sample:
         logprob: sum of the sampled tokens' natural log-probabilities, None if unknown.
         choice: the OpenAI choice object as the engine's OpenAI layer made it.
         error: why it failed.
+        confidence: the lowest of a group of its tokens, of a group that is watched; also of one ended for it.
+        worker: name of the decode worker that made it.
+        kept: what that worker knows its KV by, empty if it was not asked to keep it.
     """
 
     index: int
@@ -39,6 +46,9 @@ class Sample:
     logprob: float | None = None
     choice: Mapping[str, Any] = field(default_factory=dict)
     error: str = ""
+    confidence: float | None = None
+    worker: str = ""
+    kept: str = ""
 
     @property
     def mean_logprob(self) -> float:
@@ -107,15 +117,39 @@ class Group(Protocol):
 class Sampler(Protocol):
     """What a strategy may ask for."""
 
-    def group(self, body: Mapping[str, Any], n: int, first: int = 0) -> Group:
+    def group(
+        self,
+        body: Mapping[str, Any],
+        n: int,
+        first: int = 0,
+        *,
+        keep: bool = False,
+        after: Sample | None = None,
+        watch: Watch | None = None,
+    ) -> Group:
         """Open a group: ``n`` samples of the OpenAI chat or completion ``body`` (its ``n`` and
         ``stream`` are ignored), numbered from ``first``. Nothing runs before ``__aenter__``.
 
         With a seed, a sample is a function of body, seed and number: give each sample of a request a
         number of its own, and it is the same however the request is cut into groups.
 
+        ``keep``: the workers hold on to the samples' KV until the request ends, as far as there is room,
+        for groups that go on ``after`` one of them: ``body`` is complete in itself and repeats that
+        sample's prompt and text, and runs where its KV is, so that only what is new is computed. If it is
+        not there any more the group is a group like any other.
+
+        ``watch``: the workers measure the samples' confidence as they grow, and end those that fall below
+        its ``least``: their state is ``stopped_early``.
+
         Raises (from ``__aenter__`` or iteration): a :class:`braid.errors.BraidError` when no sample
         could be produced."""
+
+    def verifier(self, name: str) -> Verifier:
+        """The operator's verifier of this name; raises :class:`braid.errors.BadRequest`, with the names that
+        there are, if there is none."""
+
+    def retriever(self, name: str | None) -> Retriever:
+        """The operator's retriever of this name, the only one if None; raises as :meth:`verifier`."""
 
 
 Progress = Callable[[Mapping[str, Any]], Awaitable[None]]

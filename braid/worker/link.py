@@ -30,6 +30,9 @@ class Service(Protocol):
     def lost(self, message: wire.Lost) -> None:
         """A ticket's producer is lost; an unknown ref is ignored."""
 
+    def forget(self, message: wire.Forget) -> None:
+        """Nothing goes on from these kept samples; unknown names are ignored."""
+
     def cancel_all(self, reason: str) -> None:
         """The router is gone: stop everything, nobody waits for it."""
 
@@ -53,12 +56,15 @@ class WorkerLink:
         heartbeat_s: float,
         misses: int,
         keys_dir: Path | None = None,
+        context: zmq.asyncio.Context | None = None,
     ) -> None:
+        """``context``: one that several links share, and whose end is the caller's."""
         self._hello = wire.encode(hello)
         self._service = service
         self._heartbeat_s = heartbeat_s
         self._misses = misses
-        self._context = zmq.asyncio.Context()
+        self._own = context is None
+        self._context = context or zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 1000)
         self._socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_FRAME)
@@ -103,7 +109,8 @@ class WorkerLink:
 
     def close(self) -> None:
         self._socket.close()
-        self._context.term()
+        if self._own:
+            self._context.term()
 
     async def _flush(self) -> None:
         while True:
@@ -148,6 +155,8 @@ class WorkerLink:
                 self._service.cancel(message)
             case wire.Lost():
                 self._service.lost(message)
+            case wire.Forget():
+                self._service.forget(message)
 
     def _meet(self, router: int, welcome: bool) -> None:
         if self._router == router:

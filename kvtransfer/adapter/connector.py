@@ -88,6 +88,7 @@ class BraidConnector(KVConnectorBase_V1, SupportsHMA):
         configure(f"{self.options.name}/{role.name.lower()}")
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
+        self._pool: Any = None
         if role == KVConnectorRole.SCHEDULER:
             self._scheduler = SchedulerSide(self.options, [info.blocking for info in self.groups])
             install_utilities()
@@ -107,6 +108,9 @@ class BraidConnector(KVConnectorBase_V1, SupportsHMA):
         return self._scheduler.imports
 
     # --- scheduler role ---
+
+    def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
+        self._pool = gpu_block_pool
 
     @_contained(lambda: (0, False))
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
@@ -128,7 +132,7 @@ class BraidConnector(KVConnectorBase_V1, SupportsHMA):
         self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         assert self._scheduler is not None
-        self._scheduler.saving.pop(request.request_id, None)
+        self._scheduler.finished(request, block_ids, self._pool)
         return False, None
 
     # --- worker role ---

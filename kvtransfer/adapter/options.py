@@ -11,6 +11,9 @@ from kvtransfer.digest import Check
 PARAM = "braid"
 """Key in a request's ``kv_transfer_params``: a :class:`kvtransfer.wire.Key` on P, an import's name on D."""
 
+KEEP = "braid_keep"
+"""Key in a sample's ``kv_transfer_params``: the name under which its KV stays when it has ended."""
+
 
 class Options(msgspec.Struct, forbid_unknown_fields=True):
     """``kv_connector_extra_config``: what the server process tells its engine's connectors."""
@@ -31,6 +34,6 @@ class Options(msgspec.Struct, forbid_unknown_fields=True):
     lease_s: float = 30.0
 
 
-def param_of(params: Any) -> Any:
+def param_of(params: Any, key: str = PARAM) -> Any:
     """What a request's ``kv_transfer_params`` say to us; None if nothing."""
-    return params.get(PARAM) if isinstance(params, dict) else None
+    return params.get(key) if isinstance(params, dict) else None

@@ -10,7 +10,7 @@ from typing import Any
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
 
 from kvtransfer.adapter.imports import Copy, Imports
-from kvtransfer.adapter.options import Options, param_of
+from kvtransfer.adapter.options import KEEP, Options, param_of
 from kvtransfer.plan import Blocking, finished_blocks, hit_unit, needed_blocks
 
 log = logging.getLogger("braid.kvtransfer")
@@ -44,17 +44,28 @@ class SchedulerSide:
         self.imports = Imports(groups)
         self.saving: dict[str, _Saving] = {}
         self._copies: list[Copy] = []
+        self._ends: dict[str, int] = {}
 
     def matched(self, request: Any, local: int) -> tuple[int, bool]:
         name = param_of(request.kv_transfer_params)
         if self.options.role != "decode" or not isinstance(name, str):
             return 0, False
-        return self.imports.tail_of(name, request.num_prompt_tokens, local), False
+        end = self._ends[request.request_id] = self.imports.reach(name, request.all_token_ids, local)
+        return end - local, False
 
     def allocated(self, request: Any, blocks: Any, external: int) -> None:
         name = param_of(request.kv_transfer_params)
         if external and isinstance(name, str):
-            self._copies += self.imports.copies(name, blocks.get_block_ids())
+            end = self._ends.pop(request.request_id)
+            self._copies += self.imports.copies(name, end, blocks.get_block_ids())
+
+    def finished(self, request: Any, blocks: Sequence[Sequence[int]], pool: Any) -> None:
+        """A request has ended, and its blocks are about to be freed."""
+        self.saving.pop(request.request_id, None)
+        self._ends.pop(request.request_id, None)
+        name = param_of(request.kv_transfer_params, KEEP)
+        if self.options.role == "decode" and isinstance(name, str) and pool is not None:
+            self.imports.keep(pool, request, blocks, name)
 
     def step(self, output: Any) -> StepMeta:
         copies, self._copies = self._copies, []

@@ -92,7 +92,11 @@ class Sender(Protocol):
     Attributes:
         outlives: the consumer may still read staging after the connection is lost, so the memory of its
             subscriptions is used again only when they have ended or their deadline has passed.
+        stretch: how many times larger than elsewhere pieces may be, where nothing but the announcement
+            is sent and there is nothing to overlap by small ones.
     """
+
+    stretch: int
 
     @property
     def outlives(self) -> bool: ...

@@ -378,6 +378,7 @@ class CollectiveSender:
     """See :class:`kvtransfer.transport.Sender`."""
 
     outlives = False  # nothing leaves staging once the group is aborted
+    stretch = 1
 
     def __init__(self, side: ProducerSide, backend: Backend, address: bytes, number: int) -> None:
         self._socket = side.socket

@@ -41,6 +41,8 @@ class Process:
 class ShmSender:
     """See :class:`kvtransfer.transport.Sender`."""
 
+    stretch = 8
+
     def __init__(self, socket: Socket, address: bytes, reader: Process) -> None:
         self._socket = socket
         self._address = address

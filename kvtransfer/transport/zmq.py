@@ -31,6 +31,7 @@ class ZmqSender:
     """See :class:`kvtransfer.transport.Sender`."""
 
     outlives = False
+    stretch = 1
 
     def __init__(self, socket: Socket, address: bytes) -> None:
         self._socket = socket

@@ -8,19 +8,29 @@ from typing import Any
 from braid.errors import BadRequest
 from router.strategies import (
     adaptive_consistency,
+    beam_of_steps,
+    beam_search,
     best_of_n,
     car,
+    certaindex,
     cot,
+    cot_decoding,
+    deepconf,
     direct,
     early_stopping_consistency,
     first_finish,
+    genrm,
     mbr,
     mixture_of_agents,
+    particle_filtering,
     plugins,
     rejection_sampling,
+    retrieval,
     rollouts,
     self_consistency,
     self_refine,
+    tools,
+    tree_of_thoughts,
     universal_consistency,
 )
 from router.strategies.options import Options
@@ -50,6 +60,16 @@ _SPECS = {
         _built_in(first_finish, first_finish.FirstFinishOptions),
         _built_in(self_refine, self_refine.SelfRefineOptions),
         _built_in(mixture_of_agents, mixture_of_agents.MixtureOfAgentsOptions),
+        _built_in(genrm, genrm.GenrmOptions),
+        _built_in(tools, tools.ToolsOptions),
+        _built_in(retrieval, retrieval.RetrievalOptions),
+        _built_in(beam_search, beam_search.BeamSearchOptions),
+        _built_in(deepconf, deepconf.DeepconfOptions),
+        _built_in(cot_decoding, cot_decoding.CotDecodingOptions),
+        _built_in(certaindex, certaindex.CertaindexOptions),
+        _built_in(beam_of_steps, beam_of_steps.BeamOfStepsOptions),
+        _built_in(particle_filtering, particle_filtering.ParticleFilteringOptions),
+        _built_in(tree_of_thoughts, tree_of_thoughts.TreeOfThoughtsOptions),
     )
 }
 _OWN = frozenset(_SPECS)

@@ -18,7 +18,7 @@ TRIGGER = "Let's think step by step."
 class Options(BaseModel):
     """Common to all strategies."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, defer_build=True)
 
     n: int = Field(8, ge=1, le=1024)
     """Samples of the prompt."""

@@ -49,6 +49,29 @@ def _content(content: Any, trigger: str) -> Any:
     return [*content, {"type": "text", "text": trigger}]
 
 
+def with_context(body: Mapping[str, Any], context: str) -> dict[str, Any]:
+    """``body`` with ``context`` right before the text of the last user message, or before the prompt.
+
+    Raises:
+        BadRequest: there is no such text.
+    """
+    if "messages" not in body:
+        prompt = body.get("prompt")
+        prompt = prompt[0] if isinstance(prompt, list) and len(prompt) == 1 else prompt
+        if not isinstance(prompt, str):
+            raise BadRequest("documents can be put before one prompt of text only", param="prompt")
+        return {**body, "prompt": context + prompt}
+    messages = list(body["messages"])
+    for at in reversed(range(len(messages))):
+        if messages[at].get("role") == "user":
+            content = messages[at].get("content")
+            text = content if isinstance(content, str) else None
+            parts = context + text if text is not None else [{"type": "text", "text": context}, *content]
+            messages[at] = {**messages[at], "content": parts}
+            return {**body, "messages": messages}
+    raise BadRequest("documents need a user message to go before: add one", param="messages")
+
+
 def sampled(body: Mapping[str, Any], options: ManyOptions) -> dict[str, Any]:
     """The body of N samples to choose from: the trigger if ``cot`` is on, and a temperature."""
     return with_sampling(with_trigger(body, options.trigger) if options.cot else body, options.n)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
-import random
 from collections.abc import Mapping
 from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from router.checks import conforms, matches
-from router.equivalence import canonical
+from braid.services import NAME
 from router.extract import MAX_PATTERN
 from router.sampler import Answer, Progress, Sampler
 from router.schema import check_schema
+from router.strategies import verified
+from router.strategies.acceptance import Gate, softly
 from router.strategies.collect import Run, conclude
 from router.strategies.options import WaveOptions
 from router.strategies.prompt import sampled
@@ -33,14 +32,21 @@ class RejectionSamplingOptions(WaveOptions):
     """Accept a text (or its last fenced block) that is JSON of this schema, draft 2020-12."""
     expected: str | None = Field(None, min_length=1, max_length=500)
     """Accept an answer equal to this one: numbers by value, expressions by their simplified form."""
+    verifier: str | None = Field(None, pattern=NAME)
+    """Accept a sample that this verifier of the router scores `threshold` or more."""
+    threshold: float = Field(0.5, ge=0, le=1)
+    """The least score that `verifier` accepts."""
     beta: float | None = Field(None, gt=0, allow_inf_nan=False)
     """Soft form: all `n` are drawn, and one that passes the checks is accepted with probability
-    exp((r - r_max) / beta), r being the mean log-probability of its tokens."""
+    exp((r - r_max) / beta), r being the score of `verifier`, else the mean log-probability of its tokens."""
 
     @model_validator(mode="after")
     def _can_be_checked(self) -> Self:
-        if not any((self.beta, self.accept_regex, self.accept_schema is not None, self.expected)):
-            raise ValueError("give accept_regex, accept_schema, expected or beta: else nothing is rejected")
+        checks = (self.beta, self.accept_regex, self.accept_schema is not None, self.expected, self.verifier)
+        if not any(checks):
+            raise ValueError(
+                "give accept_regex, accept_schema, expected, verifier or beta: else nothing is rejected"
+            )
         if self.accept_schema is not None and (problem := check_schema(self.accept_schema)):
             raise ValueError(f"accept_schema {problem}")
         return self
@@ -54,7 +60,8 @@ class RejectionSamplingOptions(WaveOptions):
 async def run(
     sampler: Sampler, body: Mapping[str, Any], options: RejectionSamplingOptions, progress: Progress
 ) -> Answer:
-    """The first accepted sample in submission order; the most confident one if none is, and it says so.
+    """The first accepted sample in submission order; if none is, the one with the highest score or else
+    log-probability, and it says so.
 
     Samples are checked after whole waves, so that short ones gain nothing. Used as a data generator (STaR,
     Zelikman et al. 2022, arXiv 2203.14465; RFT, Yuan et al. 2023, arXiv 2308.01825) ``accepted`` in the
@@ -62,45 +69,22 @@ async def run(
     2309.06657) with r_max over the samples that passed; its chance is drawn from the request's seed.
     """
     run = Run(sampler, options, progress)
-    for field, check in (("accept_regex", options.accept_regex), ("accept_schema", options.accept_schema)):
-        if check is not None:
-            await _passes(field, check, "")  # an invalid one is refused before anything is generated
-    key = None if options.expected is None else await canonical(options.expected)
-    prompt, passed, wave = sampled(body, options), list[Scored](), 0
-    while run.stopped is None and run.drawn < run.n:
-        size = run.n if options.beta else min(options.size(wave), run.n - run.drawn)
-        drawn = await run.draw(prompt, size)
-        passed += [one for one in drawn if run.left_s > 0 and await _accepts(one, options, key)]
-        wave += 1
-        if options.early_stop and not options.beta and len(passed) >= options.wanted and run.drawn < run.n:
+    gate = await Gate.of(sampler, run, sampled(body, options), options)
+    answers, passed, wave = list[Scored](), list[Scored](), 0
+    drawn = 0
+    while run.stopped is None and drawn < run.n:
+        size = run.n if options.beta else min(options.size(wave), run.n - drawn)
+        ended = await run.draw(gate.prompt, size, keep=gate.keep)
+        answers, drawn, wave = answers + ended, drawn + size, wave + 1
+        passed += await gate.let_through(ended)
+        if options.early_stop and not options.beta and len(passed) >= options.wanted and drawn < run.n:
             run.stopped = run.stopped or "accepted"
     run.fail_unless_finished()
-    accepted = _softly(passed, options.beta, body.get("seed")) if options.beta else passed
-    note = {} if accepted else {"note": "no sample was accepted; the most confident one is returned"}
-    chosen = accepted[0] if accepted else most_confident(run.finished)
-    indices = [one.sample.index for one in accepted]
-    return await conclude("rejection_sampling", run, chosen, accepted=indices, **note)
-
-
-async def _passes(field: str, check: str | dict[str, Any], text: str) -> bool:
-    field = f"reasoning.{field}"
-    if isinstance(check, str):
-        return await matches(check, text, field)
-    return await conforms(check, text, field)
-
-
-async def _accepts(one: Scored, options: RejectionSamplingOptions, key: str | None) -> bool:
-    text = one.sample.text
-    return (
-        (key is None or one.key == key)
-        and (options.accept_regex is None or await _passes("accept_regex", options.accept_regex, text))
-        and (options.accept_schema is None or await _passes("accept_schema", options.accept_schema, text))
-    )
-
-
-def _softly(passed: list[Scored], beta: float, seed: Any) -> list[Scored]:
-    """Those of ``passed`` that their reward lets through; the best always. An unknown reward never."""
-    chance = random.Random(seed)
-    known = [one for one in passed if math.isfinite(one.sample.mean_logprob)]
-    best = max((one.sample.mean_logprob for one in known), default=0.0)
-    return [one for one in known if chance.random() < math.exp((one.sample.mean_logprob - best) / beta)]
+    accepted = softly(passed, gate.reward, options.beta, body.get("seed")) if options.beta else passed
+    fields: dict[str, Any] = {"accepted": [one.sample.index for one in accepted]}
+    if not accepted:
+        fields["note"] = "no sample was accepted; the best of them is returned"
+    if options.verifier is not None:
+        fields["samples"] = verified.with_scores(run, gate.scores)
+    chosen = accepted[0] if accepted else verified.highest(answers, gate.scores) or most_confident(answers)
+    return await conclude("rejection_sampling", run, chosen, **fields)

@@ -8,8 +8,10 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 from braid.errors import BraidError, DeadlineExceeded, UpstreamFailed
+from braid.wire import Watch
 from router.extract import search
 from router.sampler import Group, GroupUsage, Progress, Sample, Sampler, as_one
+from router.strategies.branches import Forking
 from router.strategies.options import Options
 from router.strategies.scored import Scored, score
 
@@ -38,7 +40,7 @@ class Run:
         self.drawn = 0
         self.ended: list[Scored] = []
         self.stopped: str | None = None
-        self._sampler = sampler
+        self._sampler = Forking(sampler)  # so that whatever uses the run may draw several prompts at once
         self._standing = standing
         self._until = _clock() + options.deadline_s if options.deadline_s else None
         self._running: set[int] = set()
@@ -80,12 +82,22 @@ class Run:
         return [one for place, one in enumerate(self.in_order()) if one.sample.index == place]
 
     async def draw(
-        self, body: Mapping[str, Any], n: int, role: str = "", settled: Settled | None = None
+        self,
+        body: Mapping[str, Any],
+        n: int,
+        role: str = "",
+        settled: Settled | None = None,
+        *,
+        keep: bool = False,
+        after: Sample | None = None,
+        watch: Watch | None = None,
     ) -> list[Scored]:
         """Draw ``n`` more samples of ``body``; returns those that finished, in submission order.
 
         Draws none once the run is stopped or its budget spent. ``settled`` is asked after each sample
-        whether those still running matter; a reason cancels them and stops the run.
+        whether those still running matter; a reason cancels them and stops the run. ``keep`` and ``after``
+        are for groups that go on from a sample, ``watch`` for those that end samples by their confidence:
+        see :meth:`router.sampler.Sampler.group`.
 
         Raises:
             BadRequest: the caller's pattern is refused.
@@ -100,7 +112,7 @@ class Run:
             await search(self.options.pattern, "")  # an invalid one is refused before anything is generated
         first, self.drawn = self.drawn, self.drawn + n
         self._running, self._role = set(range(first, first + n)), role
-        group = self._sampler.group(body, n, first)
+        group = self._sampler.group(body, n, first, keep=keep, after=after, watch=watch)
         self._bill(body, group.usage)
         async with contextlib.AsyncExitStack() as stack:
             if await self._entered(stack, group):

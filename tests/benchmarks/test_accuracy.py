@@ -107,10 +107,3 @@ async def test_the_final_number(text: str, number: int | None) -> None:
 
 async def test_a_cut_text_has_only_a_stated_answer() -> None:
     assert await accuracy.final_number("3*4=12", truncated=True) is None
-
-
-def test_wilson_interval_of_a_known_case() -> None:
-    low, high = accuracy.wilson(81, 263)  # Newcombe 1998, table I, method 3
-    assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
-    assert accuracy.wilson(0, 10)[0] == 0
-    assert accuracy.wilson(10, 10)[1] == pytest.approx(1)

@@ -36,7 +36,7 @@ def test_up_has_a_default_for_everything() -> None:
     assert (parsed.settings.prefill, parsed.settings.decode, parsed.settings.port) == (1, 2, 8000)
 
 
-@pytest.mark.parametrize("command", ["ask", "bench", "keys"])
+@pytest.mark.parametrize("command", ["ask", "batch", "bench", "eval", "keys"])
 def test_other_commands_keep_their_own_arguments(command: str) -> None:
     assert cli.parse([command, "a", "--b", "c"]) == cli.Invocation(command, rest=("a", "--b", "c"))
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from braid import wire
+from decode_server.kept import KeptSamples
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # importing vLLM can take minutes on a busy machine
 
@@ -72,7 +73,9 @@ class Run:
         kind = RequestOutputKind.FINAL_ONLY if final else RequestOutputKind.DELTA
         self.params = SamplingParams(n=n, output_kind=kind, **params)
         self.reports: list[tuple[int, Any, str]] = []
-        self.job = Job(Source(None, ""), SimpleNamespace(), first)  # type: ignore[arg-type]
+        self.released: list[str] = []
+        self.kept = KeptSamples(100, BLOCK, self.released.append)
+        self.job = Job(Source(None, ""), SimpleNamespace(), self.kept, first)  # type: ignore[arg-type]
         if report:
             self.job.on_sample = lambda *what: self.reports.append(what)
         self.held = Held("i0", wire.KvRecord("remote", blocks_cached=1), cached=BLOCK)
@@ -96,6 +99,34 @@ async def test_the_final_output_has_every_sample_in_order() -> None:
     later.set()
     (merged,) = await task
     assert texts(merged) == [(0, "r-0:[5]"), (1, "r-1:[6]"), (2, "r-2:[7]")]
+
+
+async def test_kept_samples_are_remembered_with_their_tokens_and_others_let_go() -> None:
+    llm = ScriptedLLM({"r-3": [5, 6], "r-4": [7], "r-5": [RuntimeError("no room")]})
+    run = Run(llm, 3, final=True, first=3, report=True)
+    run.job.keep = "g"
+    run.job.cancelled.add(4)
+    await run.outputs()
+    assert run.kept.tokens("g-3") == [*range(9), 5, 6]
+    assert len(run.kept) == 1
+    assert sorted(run.released) == ["g-4", "g-5"]
+    assert llm.asked["r-3"].extra_args["kv_transfer_params"] == {"braid": "i0", "braid_keep": "g-3"}
+
+
+async def test_nothing_is_kept_unasked() -> None:
+    llm = ScriptedLLM()
+    run = Run(llm, 2, final=True)
+    await run.outputs()
+    assert (len(run.kept), run.released) == (0, [])
+    assert llm.asked["r-0"].extra_args["kv_transfer_params"] == {"braid": "i0"}
+
+
+async def test_what_goes_on_from_a_kept_sample_names_it_to_the_engine() -> None:
+    llm = ScriptedLLM()
+    run = Run(llm, 1, final=True)
+    run.job.after, run.held.name = "g-3", None
+    await run.outputs()
+    assert llm.asked["r-0"].extra_args["kv_transfer_params"] == {"braid": "g-3"}
 
 
 async def test_deltas_come_as_they_are_made_under_their_index() -> None:
@@ -237,7 +268,8 @@ def generate() -> Callable[..., Any]:
     from decode_server.prefix import Source
 
     def make(llm: Any, prefixes: FakePrefixes, prompts: int = 1, **params: Any) -> list[Any]:
-        JOB.set(Job(Source(None, ""), prefixes))  # type: ignore[arg-type]
+        kept = KeptSamples(100, BLOCK, lambda name: None)
+        JOB.set(Job(Source(None, ""), prefixes, kept))  # type: ignore[arg-type]
         llm._acquire = lambda *args: DecodeLLM._acquire(llm, *args)
         fields = {"n": 2, "output_kind": RequestOutputKind.DELTA, **params}
         return [
@@ -248,6 +280,52 @@ def generate() -> Callable[..., Any]:
         ]
 
     return make
+
+
+@pytest.mark.parametrize("there", [True, False])
+async def test_a_prompt_that_goes_on_is_written_with_the_samples_own_tokens(
+    there: bool,
+) -> None:
+    from vllm.sampling_params import SamplingParams
+
+    from decode_server.llm import JOB, DecodeLLM, Job
+    from decode_server.prefix import Held, Source
+
+    class Computed(FakePrefixes):
+        def __init__(self) -> None:
+            super().__init__([])
+
+        async def acquire(self, prompt: Any, part: int, source: Any) -> Any:
+            return Held(None, wire.KvRecord("local", reason=source.reason))
+
+    class Letters:
+        def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+            return [ord(c) for c in text]
+
+        def decode(self, ids: Any, *, skip_special_tokens: bool) -> str:
+            return "".join("ab" if i == 1 else chr(i) for i in ids)
+
+    llm: Any = ScriptedLLM()
+    prompts: list[Any] = []
+
+    async def plain(prompt: Any, params: Any, request_id: str, **options: Any) -> AsyncIterator[Any]:
+        prompts.append((prompt["prompt_token_ids"], params.extra_args))
+        yield output(request_id, [2], finished=True)
+
+    llm.plain, llm.renderer = plain, SimpleNamespace(tokenizer=Letters())
+    llm._continued = lambda *args: DecodeLLM._continued(llm, *args)
+    llm._acquire = lambda *args: DecodeLLM._acquire(llm, *args)
+    kept = KeptSamples(100, BLOCK, lambda name: None)
+    if there:
+        kept.add("g-3", [ord("x"), 1])
+    JOB.set(Job(Source(None, "continued"), Computed(), kept, after="g-3"))  # type: ignore[arg-type]
+    rendered = {"type": "token", "prompt_token_ids": [ord(c) for c in "xaby"]}
+    outputs = DecodeLLM.generate(llm, rendered, SamplingParams(n=1), "r")
+    async for _ in outputs:
+        pass
+    ((tokens, extra),) = prompts
+    assert tokens == ([ord("x"), 1, ord("y")] if there else rendered["prompt_token_ids"])
+    assert extra == ({"kv_transfer_params": {"braid": "g-3"}} if there else None)
 
 
 async def test_prompts_of_a_body_keep_their_seeds_whichever_is_loaded_first(

@@ -26,7 +26,15 @@ if find_spec("torch") is None:  # a core installation has no engine
 def pytest_configure(config: pytest.Config) -> None:
     # A received frame is read-only memory and is only ever read from; pytest resets the module's filter.
     config.addinivalue_line("filterwarnings", "ignore:The given buffer is not writable:UserWarning")
+    config.addinivalue_line("markers", "stretched: pieces are as large as the transport likes them")
     config.addinivalue_line("markers", "callbacks_may_fail: a callback that raises on a loop is meant")
+
+
+@pytest.fixture(autouse=True)
+def pieces_as_told(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parcels are as small over shared memory as elsewhere, so that a test can tell them apart."""
+    if find_spec("torch") is not None and request.node.get_closest_marker("stretched") is None:
+        monkeypatch.setattr("kvtransfer.transport.shm.ShmSender.stretch", 1)
 
 
 @pytest.fixture(autouse=True)

@@ -63,6 +63,27 @@ def test_a_consumer_that_comes_amid_the_stream_gets_all_of_it(pair: Pair) -> Non
     assert same(pair.p.cache, [4, 5, 6], pair.d.cache, [1, 2, 3])
 
 
+@pytest.mark.stretched
+@pytest.mark.parametrize(("name", "consumers", "pieces"), [("shm", 1, 3), ("shm", 2, 6), ("zmq", 1, 6)])
+def test_pieces_are_larger_for_a_single_consumer_that_reads_staging(
+    make_pair: MakePair, name: str, consumers: int, pieces: int
+) -> None:
+    pair = make_pair(transports=[name], piece_bytes=BLOCK_BYTES)
+    ends = [pair.d, *(pair.consumer() for _ in range(consumers - 1))]
+    pair.p.open(KEY, 6, subscribers=consumers)
+    pair.p.publish(KEY, 0, [4])
+    for d in ends:
+        d.load(KEY, pair.endpoint, (1, 2, 3, 4, 5, 6))
+    pair.p.until(lambda: len(pair.p.end.table.held[KEY].subscribers) == consumers)
+    pair.p.publish(KEY, 1, [5, 6, 7, 8])
+    lease = pair.p.end.table.held[KEY]
+    pair.p.publish(KEY, 5, [9])
+    for d in ends:
+        d.events.expect(wire.Loaded, KEY)
+        assert same(pair.p.cache, [4, 5, 6, 7, 8, 9], d.cache, [1, 2, 3, 4, 5, 6])
+    assert len(lease.pieces[0]) == pieces
+
+
 @pytest.mark.parametrize("have", [1, 2, 3])
 def test_blocks_that_the_consumer_has_are_not_sent(pair: Pair, have: int) -> None:
     pair.p.open(KEY, 4)

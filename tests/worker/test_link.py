@@ -42,7 +42,7 @@ class Recorder:
     def start(self, message: object) -> None:
         self.calls.put_nowait(message)
 
-    cancel = lost = start
+    cancel = lost = forget = start
 
     def cancel_all(self, reason: str) -> None:
         self.calls.put_nowait(reason)
@@ -175,7 +175,7 @@ async def test_dispatches_reach_the_service_in_order(
     link: WorkerLink, router: ScriptedRouter, service: Recorder
 ) -> None:
     await router.welcome()
-    sent: list[wire.ToWorker] = [DECODE, wire.Lost(1, "gone"), wire.Cancel(1)]
+    sent: list[wire.ToWorker] = [DECODE, wire.Lost(1, "gone"), wire.Cancel(1), wire.Forget(("r-0",))]
     await router.say(*sent)
     assert [await service.next() for _ in sent] == sent
 

@@ -133,7 +133,8 @@ def test_a_finished_request_is_forgotten(steps: FakeSteps) -> None:
     connector = _connector(steps.side)
     steps.step({"r": 4}, [steps.new("r", 14)])
     for _ in range(2):
-        assert connector.request_finished_all_groups(SimpleNamespace(request_id="r"), ([],)) == (False, None)
+        ended = SimpleNamespace(request_id="r", kv_transfer_params=None)
+        assert connector.request_finished_all_groups(ended, ([],)) == (False, None)
     assert steps.side.saving == {}
 
 
@@ -375,18 +376,19 @@ def _connector(side: Any) -> Any:
     from kvtransfer.adapter.connector import BraidConnector
 
     connector = BraidConnector.__new__(BraidConnector)
-    connector._scheduler, connector._worker = side, None
+    connector._scheduler, connector._worker, connector._pool = side, None, None
     return connector
 
 
 def _sample(name: Any, prompt: int) -> Any:
-    return SimpleNamespace(kv_transfer_params={"braid": name}, num_prompt_tokens=prompt)
+    params = {"braid": name}
+    return SimpleNamespace(request_id="s", kv_transfer_params=params, all_token_ids=list(range(prompt)))
 
 
 def _import(tokens: int, blocks: tuple[list[int], ...]) -> Any:
     from kvtransfer.adapter.imports import Import
 
-    return Import(None, tokens, blocks, committed=True)
+    return Import(None, range(tokens), tokens, blocks, committed=True)
 
 
 class FakeConsumer:

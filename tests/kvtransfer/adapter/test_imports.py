@@ -191,28 +191,99 @@ def test_a_sample_copies_the_block_with_the_prompts_end(
 ) -> None:
     cache.begin(tokens)
     cache.commit()
-    assert cache.imports.tail_of("i0", tokens, local) == missing
+    end = cache.imports.reach("i0", range(tokens), local)
+    assert end - local == missing
     targets = [[100 + i for i in range(len(cache.blocks()))]]
-    assert cache.imports.copies("i0", targets) == [(0, cache.blocks()[-1], targets[0][-1])]
+    assert cache.imports.copies("i0", end, targets) == [(0, cache.blocks()[-1], targets[0][-1])]
 
 
 @pytest.mark.parametrize(
     ("tokens", "asked", "local"),
-    [(11, 10, 8), (11, 12, 8), (11, 11, 4), (11, 11, 0), (9, 9, 8), (1, 1, 0)],
-    ids=["shorter", "longer", "one block missing", "nothing cached", "one token left", "one token"],
+    [(11, 11, 4), (11, 11, 0), (9, 9, 8), (1, 1, 0), (12, 13, 12)],
+    ids=["one block missing", "nothing cached", "one token left", "one token", "longer by whole blocks"],
 )
 def test_there_is_no_tail_to_copy(cache: Cache, tokens: int, asked: int, local: int) -> None:
     cache.begin(tokens)
     cache.commit()
-    assert cache.imports.tail_of("i0", asked, local) == 0
+    assert cache.imports.reach("i0", range(asked), local) == local
+
+
+def test_a_prompt_that_begins_like_the_import_copies_what_they_share(cache: Cache) -> None:
+    cache.begin(11)
+    cache.commit()
+    assert cache.imports.reach("i0", range(30), 8) == 11
+    assert cache.imports.reach("i0", range(10), 8) == 9
+    assert cache.imports.reach("i0", [*range(10), 99, 99], 8) == 10
+    assert cache.imports.reach("i0", [*range(8), 99, 99], 8) == 8
 
 
 def test_there_is_no_tail_before_the_commit_nor_after_the_release(cache: Cache) -> None:
     cache.begin(11)
-    assert cache.imports.tail_of("i0", 11, 8) == 0
+    assert cache.imports.reach("i0", range(11), 8) == 8
     cache.commit()
     cache.release()
-    assert cache.imports.tail_of("i0", 11, 8) == 0
+    assert cache.imports.reach("i0", range(11), 8) == 8
+
+
+def ended(cache: Cache, prompt: int, tokens: int) -> Any:
+    """A sample of ``tokens`` in all that has computed all but its last one, as vLLM is about to free it."""
+    sample = cache.request(prompt, f"sample-{prompt}-{tokens}")
+    sample.append_output_token_ids(list(range(prompt, tokens)))
+    assert cache.manager.allocate_slots(sample, tokens - 1)
+    sample.num_computed_tokens = tokens - 1
+    return sample
+
+
+def keep(cache: Cache, sample: Any, name: str = "k0") -> None:
+    """What happens when it ends: it is kept, then freed."""
+    blocks = cache.manager.get_block_ids(sample.request_id)
+    cache.imports.keep(cache.manager.block_pool, sample, blocks, name)
+    cache.manager.free(sample)
+
+
+@pytest.mark.parametrize("tokens", [9, 12, 13, 14, 16, 17])
+@pytest.mark.parametrize("more", [0, 1, 7])
+def test_what_goes_on_from_a_kept_sample_computes_its_last_token_and_what_is_new(
+    cache: Cache, tokens: int, more: int
+) -> None:
+    free = cache.free
+    keep(cache, ended(cache, 6, tokens))
+    assert free - cache.free == -(-(tokens - 1) // BLOCK), "its blocks are pinned"
+    prompt = cache.request(tokens + more, "next")
+    computed, local, _ = cache.manager.get_computed_blocks(prompt)
+    end = cache.imports.reach("k0", prompt.all_token_ids, local)
+    assert end == tokens - 1
+    assert cache.manager.allocate_slots(
+        prompt, 1 + more, local, computed, num_external_computed_tokens=end - local
+    )
+    copies = cache.imports.copies("k0", end, cache.manager.get_block_ids("next")) if end > local else []
+    assert len(copies) == (end % BLOCK > 0)
+    for _, source, target in copies:
+        assert source in cache.blocks("k0")
+        assert target not in cache.blocks("k0")
+    cache.manager.free(prompt)
+    cache.release("k0")
+    cache.release("k0")
+    assert cache.free == free
+
+
+def test_blocks_of_a_kept_sample_are_not_evicted(cache: Cache) -> None:
+    keep(cache, ended(cache, 6, 14))
+    pinned = set(cache.blocks("k0"))
+    other = cache.request(BLOCK * cache.free, "other", salt="another prompt")
+    assert cache.manager.allocate_slots(other, BLOCK * cache.free)
+    assert not pinned & set(cache.manager.get_block_ids("other")[0])
+    cache.manager.free(other)
+    assert cache.imports.reach("k0", range(14), 12) == 13
+
+
+def test_a_sample_that_sees_less_than_it_was_told_is_left_alone(cache: Cache) -> None:
+    keep(cache, ended(cache, 6, 14))
+    assert cache.imports.reach("k0", [*range(13), 99, 99], 12) == 13
+    assert cache.imports.reach("k0", [*range(12), 99, 99], 12) == 12
+    with pytest.raises(ValueError, match="exists"):
+        cache.imports.keep(cache.manager.block_pool, ended(cache, 2, 3), [[]], "k0")
+    cache.manager.free(cache.request(2, "sample-2-3"))
 
 
 def sample_of(cache: Cache, tokens: int) -> tuple[Any, list[tuple[int, int, int]]]:
@@ -220,10 +291,11 @@ def sample_of(cache: Cache, tokens: int) -> tuple[Any, list[tuple[int, int, int]
     sample = cache.request(tokens, "sample")
     computed, local, _ = cache.manager.get_computed_blocks(sample)
     assert local == (tokens - 1) // cache.unit * cache.unit, "everything but the tail is hit"
-    tail = cache.imports.tail_of("i0", tokens, local)
-    assert local + tail == tokens - 1
+    end = cache.imports.reach("i0", sample.all_token_ids, local)
+    assert end == tokens - 1
+    tail = end - local
     assert cache.manager.allocate_slots(sample, 1, local, computed, num_external_computed_tokens=tail)
-    return sample, cache.imports.copies("i0", cache.manager.get_block_ids("sample")) if tail else []
+    return sample, cache.imports.copies("i0", end, cache.manager.get_block_ids("sample")) if tail else []
 
 
 def test_a_sample_of_an_import_takes_only_its_tail_block(cache: Cache) -> None:

@@ -9,8 +9,17 @@ from dataclasses import replace
 from typing import Any
 
 from braid.errors import BraidError
+from braid.wire import Watch
 from router import strategies
+from router.retrievers import Retriever, choose
 from router.sampler import Answer, GroupUsage, Sample
+from router.services import named
+from router.verifiers import GenerativeVerifier, Verifier
+from router.verifiers.local import ArithmeticVerifier, LogprobVerifier
+
+_OWN: dict[str, Verifier] = {
+    one.name: one for one in (GenerativeVerifier("self"), ArithmeticVerifier(), LogprobVerifier())
+}
 
 
 def sample(
@@ -28,7 +37,8 @@ class Scripted:
     asks for by number.
 
     ``hang_from``: samples from this place on end only when cancelled. ``errors``: what the group that begins
-    with a sample raises. ``opened`` is what was asked for.
+    with a sample raises. ``opened`` is what was asked for; ``kept``, ``after`` and ``watched`` say
+    how, a group each.
     """
 
     def __init__(
@@ -43,7 +53,14 @@ class Scripted:
         self.entry_delay_s = entry_delay_s
         self.errors = errors or {}
         self.opened: list[tuple[Mapping[str, Any], int]] = []
+        self.kept: list[bool] = []
+        self.after: list[Sample | None] = []
+        self.watched: list[Watch | None] = []
+        self.verifiers: dict[str, Verifier] = dict(_OWN)
+        self.retrievers: dict[str, Retriever] = {}
         self.cancels = 0
+        self.open = 0
+        self.most_open = 0
         self.closed = False
 
     @property
@@ -56,9 +73,27 @@ class Scripted:
         """The last message of each group."""
         return [body["messages"][-1]["content"] for body, _ in self.opened]
 
-    def group(self, body: Mapping[str, Any], n: int, first: int = 0) -> ScriptedGroup:
+    def verifier(self, name: str) -> Verifier:
+        return named(self.verifiers, name, "verifier", "reasoning.verifier")
+
+    def retriever(self, name: str | None) -> Retriever:
+        return choose(self.retrievers, name, "reasoning.retriever")
+
+    def group(
+        self,
+        body: Mapping[str, Any],
+        n: int,
+        first: int = 0,
+        *,
+        keep: bool = False,
+        after: Sample | None = None,
+        watch: Watch | None = None,
+    ) -> ScriptedGroup:
         assert first == sum(self.waves), "samples are numbered over all groups"
         self.opened.append((body, n))
+        self.kept.append(keep)
+        self.after.append(after)
+        self.watched.append(watch)
         mine = [(place, one) for place, one in enumerate(self.samples) if first <= one.index < first + n]
         assert n == len(mine)
         return ScriptedGroup(self, mine, self.errors.get(first))
@@ -73,10 +108,13 @@ class ScriptedGroup:
         self.cancelled = asyncio.Event()
 
     async def __aenter__(self) -> ScriptedGroup:
+        self.script.open += 1
+        self.script.most_open = max(self.script.most_open, self.script.open)
         await asyncio.sleep(self.script.entry_delay_s)
         return self
 
     async def __aexit__(self, *exc: object) -> None:
+        self.script.open -= 1
         self.script.closed = True
         self.usage.completion_tokens = sum(ended.tokens for _, ended in self.mine)
 

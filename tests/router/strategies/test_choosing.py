@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from braid.errors import BadRequest, Unavailable
 from router.sampler import Sample
-from router.strategies import rejection_sampling
+from router.strategies import acceptance
 from router.strategies.rejection_sampling import RejectionSamplingOptions
 from router.strategies.universal_consistency import picked
 from tests.router.strategies.scripted import Scripted, ask, sample
@@ -229,7 +229,7 @@ async def test_a_check_that_cannot_be_made_is_refused_before_anything_runs(
 
 
 async def test_after_the_deadline_nothing_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rejection_sampling, "_accepts", None)
+    monkeypatch.setattr(acceptance.Gate, "_fits", None)
     monkeypatch.setattr("router.strategies.run.Run.left_s", 0.0)
     answer, _ = await ask("rejection_sampling", Scripted(texts("4")), expected="4")
     assert answer.report["accepted"] == []

@@ -10,8 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from braid.settings import RouterSettings
 from router import strategies
+from router.metrics import Metrics
+from router.retrievers import Retrievers
 from router.strategies.options import ManyOptions
+from router.verifiers import Verifiers
 from tests.router.strategies.packages import installed
 from tests.router.strategies.scripted import Scripted, ask, sample
 
@@ -44,6 +48,20 @@ def test_every_option_is_told(name: str) -> None:
     assert {option for option in re.findall(r"`(\w+)`", row[1]) if option != "trigger"} == own
     assert all(f"`{option}`" in section(name) for option in own)
     assert all(f"| `{option}`" in PAGE or f", `{option}`" in PAGE for option in common)
+
+
+def test_the_verifiers_and_retrievers_it_shows_are_valid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = next(block for block in re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL) if "verifiers" in block)
+    monkeypatch.setenv("CHECKS_TOKEN", "x")
+    monkeypatch.setenv("BRAID_CONFIG", str(tmp_path / "braid.toml"))
+    (tmp_path / "braid.toml").write_text(table)
+    settings = RouterSettings()
+    verifiers = Verifiers(settings.verifiers, Metrics())
+    assert {"judge", "unit_tests", "reward", "self", "arithmetic", "logprob"} == set(verifiers.names)
+    assert Retrievers(settings.retrievers, Metrics()).names == ("wiki",)
+    assert verifiers.get("judge").settings.k == 4  # type: ignore[attr-defined]
 
 
 @pytest.fixture

@@ -66,7 +66,7 @@ def test_options_are_read_and_the_strategy_s_name_passed_over() -> None:
         ("self_consistency", {"n": 0}, "reasoning.n"),
         ("cot", {"n": 2}, "reasoning.n"),
         ("self_consistency", {"samples": 3}, "reasoning.samples"),
-        ("best_of_n", {"reward": "secret"}, "reasoning.reward"),
+        ("best_of_n", {"reward": "Secret!"}, "reasoning.reward"),
         ("best_of_n", {"weight": "uniform"}, "reasoning.weight"),
         ("cot", {"deadline_s": float("inf")}, "reasoning.deadline_s"),
         ("cot", {"extractor": "regex"}, "reasoning"),
@@ -80,7 +80,7 @@ def test_a_wrong_option_is_refused_by_name_and_not_echoed(
     with pytest.raises(BadRequest) as caught:
         strategies.get(name).parse(reasoning)
     assert caught.value.param == param
-    assert "secret" not in caught.value.message
+    assert "secret" not in caught.value.message.lower()
 
 
 @pytest.mark.parametrize("name", strategies.names())
