@@ -26,6 +26,8 @@ from router.strategies.rejection_sampling import RejectionSamplingOptions
 from tests.braid.stub_server import Answer, StubServer, closed_port, completion, echo, serve
 from tests.router.conftest import MakeStand, make_stand, no_helper_is_left  # noqa: F401
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def server() -> Iterator[StubServer]:

@@ -31,6 +31,8 @@ from router.strategies.options import Options
 from tests.braid.stub_server import Answer, StubServer, closed_port, completion, serve
 from tests.router.conftest import MakeStand, make_stand, no_helper_is_left  # noqa: F401
 
+pytestmark = pytest.mark.slow
+
 KNOWN = methods.catalogue({"data": strategies.describe()})
 
 

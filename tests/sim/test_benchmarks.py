@@ -12,6 +12,8 @@ from benchmarks import fit_sim, sim_scale
 from braid.sim.model import DEFAULT, Observation, load_model
 from tests.sim.conftest import Fleet
 
+pytestmark = pytest.mark.slow
+
 
 def test_steps_behind_a_request_give_its_model_back() -> None:
     def of(observation: Observation) -> float:

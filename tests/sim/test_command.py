@@ -15,6 +15,8 @@ from braid.sim.settings import SimSettings
 from deploy.local import Cluster, UpSettings
 from deploy.placement import Hardware
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

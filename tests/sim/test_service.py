@@ -15,6 +15,8 @@ from braid.sim.decode import DecodeService
 from braid.sim.worker import Shared, SimWorker
 from tests.sim.conftest import settings_of
 
+pytestmark = pytest.mark.slow
+
 M = Any
 
 

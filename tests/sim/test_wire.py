@@ -14,6 +14,8 @@ from braid.keys import make_keys
 from tests.router.conftest import CHAT, COMPLETIONS
 from tests.sim.conftest import Fleet
 
+pytestmark = pytest.mark.slow
+
 BLOCK_BYTES = 32 * 4096
 SLOW = {"sim_time_scale": 20.0}
 """A hundred milliseconds a step and more."""
