@@ -33,6 +33,7 @@ async def test_a_verification_runs_where_the_answer_was_made_and_is_not_prefille
     p, *decoders = await stand.workers(decode=answer_samples, decoders=2)
     reply = await stand.post(CHAT, chat(reasoning=GENRM))
     assert reply.status_code == 200
+    await p.expect(wire.Prefill)  # it may be read after the reply
     assert len(p.got(wire.Prefill)) == 1
     seen: set[int] = set()
     for worker in decoders:

@@ -145,4 +145,5 @@ async def test_a_later_prompt_that_is_long_is_prefilled_remotely_though_the_firs
     reply = await stand.post(CHAT, chat(reasoning={"strategy": "universal_consistency", "n": 2}))
     assert reply.status_code == 200
     assert [d.reason for d in d0.got(wire.Decode)] == ["short", ""]
+    await p0.expect(wire.Prefill)  # it may be read after the reply
     assert len(p0.got(wire.Prefill)) == 1
