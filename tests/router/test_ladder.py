@@ -246,4 +246,5 @@ async def test_short_prompts_stay_local_when_configured(make_stand: MakeStand) -
     await stand.post(CHAT, chat())
     await stand.post(CHAT, chat(messages=[{"role": "user", "content": "long enough"}]))
     assert [d.reason for d in d0.got(wire.Decode)] == ["short", ""]
+    await p0.expect(wire.Prefill)  # it may be read after the reply
     assert len(p0.got(wire.Prefill)) == 1
