@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,6 +33,15 @@ def completion(text: str, report: dict[str, Any] | None = None, tokens: int = 10
 def echo(body: dict[str, Any]) -> Answer:
     """The last word of the question, as an answer."""
     return 200, {}, completion(f"The answer is {body['messages'][-1]['content'].split()[-1]}.")
+
+
+BRAID_AT_A_TERMINAL = [
+    sys.executable,
+    "-c",
+    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "from braid.cli import main; sys.exit(main(sys.argv[1:]))",
+]
+"""The command as at a terminal: what a shell runs in the background, and all that it starts, ignores Ctrl-C."""
 
 
 class StubServer:

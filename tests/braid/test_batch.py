@@ -23,7 +23,15 @@ from braid.batch import command, results, training
 from braid.batch.requests import Input, Request
 from braid.client import CommandFailed, Retries, retry_after_s
 from router.strategies.rejection_sampling import RejectionSamplingOptions
-from tests.braid.stub_server import Answer, StubServer, closed_port, completion, echo, serve
+from tests.braid.stub_server import (
+    BRAID_AT_A_TERMINAL,
+    Answer,
+    StubServer,
+    closed_port,
+    completion,
+    echo,
+    serve,
+)
 from tests.router.conftest import MakeStand, make_stand, no_helper_is_left  # noqa: F401
 
 pytestmark = pytest.mark.slow
@@ -128,9 +136,7 @@ def test_ctrl_c_leaves_a_valid_file_and_says_so(files: Files) -> None:
     files.ask(6)
     files.server.holds_after = 3
     arguments = [str(files.input), str(files.output), f"--url={files.server.url}", "--concurrency=1"]
-    child = subprocess.Popen(
-        [sys.executable, "-m", "braid", "batch", *arguments], stderr=subprocess.PIPE, text=True
-    )
+    child = subprocess.Popen([*BRAID_AT_A_TERMINAL, "batch", *arguments], stderr=subprocess.PIPE, text=True)
     files.server.wait_until_held(1)
     child.send_signal(signal.SIGINT)
     _, told = child.communicate()

@@ -28,7 +28,7 @@ from demo import tasks
 from router import strategies
 from router.equivalence import canonical
 from router.strategies.options import Options
-from tests.braid.stub_server import Answer, StubServer, closed_port, completion, serve
+from tests.braid.stub_server import BRAID_AT_A_TERMINAL, Answer, StubServer, closed_port, completion, serve
 from tests.router.conftest import MakeStand, make_stand, no_helper_is_left  # noqa: F401
 
 pytestmark = pytest.mark.slow
@@ -232,7 +232,7 @@ def test_a_killed_run_goes_on_where_it_was(bench: Bench) -> None:
 def test_ctrl_c_says_that_it_can_go_on(bench: Bench) -> None:
     bench.server.holds_after = 2
     child = subprocess.Popen(
-        [sys.executable, "-m", "braid", "eval", *bench.flags(COT, "--concurrency=1")],
+        [*BRAID_AT_A_TERMINAL, "eval", *bench.flags(COT, "--concurrency=1")],
         stderr=subprocess.PIPE,
         text=True,
     )
