@@ -41,7 +41,7 @@ BRAID_AT_A_TERMINAL = [
     "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
     "from braid.cli import main; sys.exit(main(sys.argv[1:]))",
 ]
-"""The command as at a terminal: what a shell runs in the background, and all that it starts, ignores Ctrl-C."""
+"""The command as at a terminal: what a shell runs in the background ignores Ctrl-C."""
 
 
 class StubServer:
