@@ -201,6 +201,7 @@ def test_a_port_taken_by_something_mute_fails() -> None:
     assert check.status == "fail"
 
 
+@pytest.mark.slow
 def test_the_command_prints_each_check_and_fails_with_1(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "braid", "doctor", "--port", str(free_port())]
     done = subprocess.run(

@@ -18,6 +18,8 @@ from router.metrics import Metrics
 from router.services import Service, ServiceFailed, named
 from tests.router.web import Answer, Web, always, http, never
 
+pytestmark = pytest.mark.slow
+
 
 class Told(msgspec.Struct):
     score: float

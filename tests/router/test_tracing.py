@@ -36,6 +36,8 @@ from tests.router.fake_worker import (
 )
 from tests.router.test_cancel import connected
 
+pytestmark = pytest.mark.slow
+
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 PARENT = "b7ad6b7169203331"
 RECORD = wire.KvRecord(

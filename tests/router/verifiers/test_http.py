@@ -21,6 +21,8 @@ from tests.router.strategies.scripted import Scripted, sample
 from tests.router.verifiers.chains import CHAT, run_of, scores
 from tests.router.web import Answer, Web, always, http, never
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., Awaitable[tuple[Verifier, Web]]]
 
 

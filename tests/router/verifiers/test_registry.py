@@ -17,6 +17,8 @@ from router.metrics import Metrics
 from router.retrievers import Retrievers
 from router.verifiers import GenerativeVerifier, Verifiers
 
+pytestmark = pytest.mark.slow
+
 
 def settings(monkeypatch: pytest.MonkeyPatch, folder: Path, text: str) -> RouterSettings:
     path = folder / "braid.toml"
