@@ -258,8 +258,12 @@ async def test_the_usage_of_a_stream(stand: Stand, collector: Collector) -> None
 
 
 async def test_a_stream_that_tells_no_usage_has_the_prefills(stand: Stand, collector: Collector) -> None:
-    await stand.workers()
-    await stand.post(CHAT, chat(stream=True))
+    p0, d0 = await stand.workers(decode=answer_at_gate)
+    reply = asyncio.create_task(stand.post(CHAT, chat(stream=True)))
+    await p0.expect(wire.Prefill)
+    await stand.until(lambda: len(stand.app.link.open_refs()) == 1)  # the prefill has answered
+    d0.gate.set()
+    await reply
     root = await collector.request()
     assert root.attributes["gen_ai.usage.input_tokens"] == 7
     assert "gen_ai.usage.output_tokens" not in root.attributes
