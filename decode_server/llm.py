@@ -17,10 +17,11 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from braid import wire
 from braid.proof import merge
 from braid.worker.prompt import shareable
+from braid.worker.source import Source
 from decode_server import beams
 from decode_server.confidence import Confidence
 from decode_server.kept import KeptSamples, splice
-from decode_server.prefix import Held, Prefixes, Source
+from decode_server.prefix import Held, Prefixes
 from decode_server.seeds import sample_seed
 from kvtransfer.adapter.options import KEEP, PARAM
 

@@ -17,11 +17,12 @@ from braid.settings import DecodeSettings
 from braid.worker.asgi import post
 from braid.worker.counters import Counters
 from braid.worker.engine import Engine
+from braid.worker.source import Source
 from decode_server import beams
 from decode_server.choices import ChoiceMaker
 from decode_server.kept import KeptSamples
 from decode_server.llm import JOB, Job
-from decode_server.prefix import Prefixes, Source
+from decode_server.prefix import Prefixes
 
 log = logging.getLogger("braid.decode")
 

@@ -86,6 +86,3 @@ def pieces(first: int, last: int, block_bytes: int, piece_bytes: int) -> list[ra
     """Split blocks ``[first, last)`` into runs of at most ``piece_bytes`` (at least one block each)."""
     step = max(1, piece_bytes // block_bytes)
     return [range(at, min(at + step, last)) for at in range(first, last, step)]
-
-
-# --- heads over tensor-parallel ranks ---

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import signal
 
 from braid import log as braid_log
 from braid.http import listen
 from braid.settings import RouterSettings
+from braid.signals import stop_on_signal
 from router import strategies
 from router.app import App
 from router.server import make_server
@@ -34,7 +33,7 @@ async def serve(settings: RouterSettings) -> int:
     sock = listen(settings.host, settings.port)
     try:
         await app.start()
-        stop = _on_signal()
+        stop = stop_on_signal(1)
         server = make_server(app)
         serving = asyncio.create_task(server.serve(sockets=[sock]))
         host, port = sock.getsockname()[:2]
@@ -51,20 +50,6 @@ async def serve(settings: RouterSettings) -> int:
         sock.close()
     log.info("stopped")
     return 0
-
-
-def _on_signal() -> asyncio.Event:
-    stop = asyncio.Event()
-
-    def handle() -> None:
-        if stop.is_set():
-            os._exit(1)
-        stop.set()
-
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, handle)
-    return stop
 
 
 def _write_port(settings: RouterSettings, port: int) -> None:

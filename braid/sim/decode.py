@@ -16,12 +16,13 @@ from braid.proof import merge
 from braid.sim import reply
 from braid.sim.draws import Draw, Profile, draw
 from braid.sim.engine import Engine
-from braid.sim.imports import Held, Imports, Source
+from braid.sim.imports import Held, Imports
 from braid.sim.kept import Kept
 from braid.sim.request import TOKENIZE, Ask, parse, parse_tokenize
 from braid.sim.scheduler import Sequence
 from braid.sim.tokens import Prompt
 from braid.sim.watch import lowest, watched
+from braid.worker.source import Source
 
 log = logging.getLogger("braid.sim")
 

@@ -11,28 +11,9 @@ from braid import wire
 from braid.sim.engine import Engine
 from braid.sim.kv import Consumer, LoadFailed
 from braid.sim.tokens import Prompt
+from braid.worker.source import Source
 from kvtransfer import wire as kv
 from kvtransfer.plan import CHAIN_TOKENS, chain
-
-
-class Source:
-    """Where a dispatch's KV comes from: its ticket, which the router may replace or take away."""
-
-    def __init__(self, ticket: wire.Ticket | None, reason: str) -> None:
-        self.ticket = ticket
-        self.reason = reason
-        self._changed = asyncio.Event()
-
-    def change(self, ticket: wire.Ticket | None, reason: str) -> None:
-        """The producer is lost; go on with ``ticket``, or without one."""
-        self.ticket, self.reason = ticket, reason
-        self._changed.set()
-
-    async def changed(self, ticket: wire.Ticket) -> None:
-        """Wait until the ticket is another than this one."""
-        while self.ticket is ticket:
-            self._changed.clear()
-            await self._changed.wait()
 
 
 @dataclass(slots=True, eq=False)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import secrets
-import signal
 from typing import Any
 
 import uvicorn
@@ -16,6 +14,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from braid.http import Server, listen
 from braid.log import configure
 from braid.settings import WorkerSettings
+from braid.signals import stop_on_signal
 from braid.sim.settings import SimSettings
 from braid.sim.worker import Shared, SimWorker
 
@@ -40,11 +39,10 @@ def run(settings: WorkerSettings, prefill: int, decode: int) -> int:
 class _Process:
     def __init__(self, settings: WorkerSettings) -> None:
         self._settings = settings
-        self._stop = asyncio.Event()
         self.workers: list[SimWorker] = []
 
     async def run(self, prefill: int, decode: int) -> int:
-        self._handle_signals()
+        stop = stop_on_signal(130)
         settings = self._settings
         shared = Shared(settings)
         with listen(settings.host, settings.port) as listener:
@@ -55,7 +53,7 @@ class _Process:
             server = Server(uvicorn.Config(_app(self.workers), log_config=None, lifespan="off"))
             serving = asyncio.create_task(server.serve(sockets=[listener]))
             log.info("simulated_workers_up", extra={"prefill": prefill, "decode": decode, "http": http})
-            await self._stop.wait()
+            await stop.wait()
             await asyncio.gather(*(worker.drain(settings.drain_s) for worker in self.workers))
             await asyncio.sleep(0.05)  # the last answers leave
             for worker in self.workers:
@@ -65,16 +63,6 @@ class _Process:
             await serving
         log.info("stopped")
         return 0
-
-    def _handle_signals(self) -> None:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._on_signal)
-
-    def _on_signal(self) -> None:
-        if self._stop.is_set():
-            os._exit(130)
-        self._stop.set()
 
 
 def _workers(

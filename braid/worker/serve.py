@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import secrets
 import shutil
-import signal
 import socket
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -20,6 +18,7 @@ from braid import wire
 from braid.http import Server, listen
 from braid.log import configure
 from braid.settings import DecodeSettings, PrefillSettings
+from braid.signals import stop_on_signal
 from braid.worker.engine import Engine, engine_environment, hello, private_dir, start_engine
 from braid.worker.link import Service, WorkerLink, keep_calling
 
@@ -76,19 +75,18 @@ class _Worker:
         self._name = name
         self._llm_class = llm_class
         self._make_service = service
-        self._stop = asyncio.Event()
         self._ready = False
 
     async def run(self) -> int:
-        self._handle_signals()
+        stop = stop_on_signal(130)
         sockets = private_dir(self._settings.run_dir)
         try:
             with listen(self._settings.host, self._settings.port) as listener:
-                return await self._serve(sockets, listener)
+                return await self._serve(sockets, listener, stop)
         finally:
             shutil.rmtree(sockets, ignore_errors=True)
 
-    async def _serve(self, sockets: Any, listener: socket.socket) -> int:
+    async def _serve(self, sockets: Any, listener: socket.socket, stop: asyncio.Event) -> int:
         log.info("engine_starting", extra={"model": self._settings.model})
         engine = await start_engine(self._settings, self._engine_args, self._name, self._llm_class(), sockets)
         log.info("engine_up", extra={"blocks": engine.blocks, "endpoints": engine.endpoints})
@@ -114,16 +112,16 @@ class _Worker:
             asyncio.create_task(keep_calling(service.refresh, self._settings.heartbeat_s)),
         ]
         died = asyncio.create_task(self._watch(engine))
-        stop = asyncio.create_task(self._stop.wait())
-        await asyncio.wait([died, stop, tasks[0]], return_when=asyncio.FIRST_COMPLETED)
+        stopped = asyncio.create_task(stop.wait())
+        await asyncio.wait([died, stopped, tasks[0]], return_when=asyncio.FIRST_COMPLETED)
         if not died.done():
             await link.drain(service.idle, self._settings.drain_s)
         service.cancel_all("shutdown")
         await asyncio.sleep(0.05)  # let the cancelled requests reach the engine
         server.should_exit = True
-        for task in (*tasks, died, stop):
+        for task in (*tasks, died, stopped):
             task.cancel()
-        await asyncio.gather(*tasks, died, stop, return_exceptions=True)
+        await asyncio.gather(*tasks, died, stopped, return_exceptions=True)
         link.close()
         engine.control.close()
         engine.llm.shutdown()
@@ -134,16 +132,6 @@ class _Worker:
         while not engine.llm.errored:
             await asyncio.sleep(0.1)
         log.error("engine_died")
-
-    def _handle_signals(self) -> None:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._on_signal)
-
-    def _on_signal(self) -> None:
-        if self._stop.is_set():
-            os._exit(130)
-        self._stop.set()
 
 
 def _http_server(app: FastAPI) -> Server:

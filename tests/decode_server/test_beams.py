@@ -168,8 +168,8 @@ async def step(engine: Engine, job: Any, tokens: list[int], request_id: str) -> 
 
 
 def job_of(first: int = 0) -> Any:
+    from braid.worker.source import Source
     from decode_server.llm import Job
-    from decode_server.prefix import Source
 
     job = Job(Source(None, ""), SimpleNamespace(), SimpleNamespace(), first)  # type: ignore[arg-type]
     job.beams = set()

@@ -11,7 +11,8 @@ from msgspec.structs import replace
 
 from braid import wire
 from braid.worker.prompt import Prompt
-from decode_server.prefix import Held, Prefixes, Source
+from braid.worker.source import Source
+from decode_server.prefix import Held, Prefixes
 from kvtransfer import wire as kv
 from tests.decode_server.fake_engine import BLOCK_SIZE, FakeEngine
 

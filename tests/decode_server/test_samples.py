@@ -67,8 +67,9 @@ class Run:
     ) -> None:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
+        from braid.worker.source import Source
         from decode_server.llm import Job, _Samples
-        from decode_server.prefix import Held, Source
+        from decode_server.prefix import Held
 
         kind = RequestOutputKind.FINAL_ONLY if final else RequestOutputKind.DELTA
         self.params = SamplingParams(n=n, output_kind=kind, **params)
@@ -264,8 +265,8 @@ def generate() -> Callable[..., Any]:
     """``DecodeLLM.generate`` for a job, over a scripted engine."""
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 
+    from braid.worker.source import Source
     from decode_server.llm import JOB, DecodeLLM, Job
-    from decode_server.prefix import Source
 
     def make(llm: Any, prefixes: FakePrefixes, prompts: int = 1, **params: Any) -> list[Any]:
         kept = KeptSamples(100, BLOCK, lambda name: None)
@@ -288,8 +289,9 @@ async def test_a_prompt_that_goes_on_is_written_with_the_samples_own_tokens(
 ) -> None:
     from vllm.sampling_params import SamplingParams
 
+    from braid.worker.source import Source
     from decode_server.llm import JOB, DecodeLLM, Job
-    from decode_server.prefix import Held, Source
+    from decode_server.prefix import Held
 
     class Computed(FakePrefixes):
         def __init__(self) -> None:
