@@ -27,7 +27,8 @@ any_decoder = pytest.mark.parametrize(("union", "decode"), DECODERS, ids=["from 
 @given(data=st.data())
 def test_every_message_round_trips(union: Any, decode: Decode, data: st.DataObject) -> None:
     message = data.draw(messages[union])
-    assert decode(wire.encode(message)) == message
+    told = wire.encode(message)  # compared as bytes: a damaged number may be NaN, which equals nothing
+    assert wire.encode(decode(told)) == told
 
 
 @any_decoder
@@ -85,4 +86,5 @@ def _decodes_or_refuses(decode: Decode, frame: bytes) -> None:
         message = decode(frame)
     except wire.WireError:
         return
-    assert decode(wire.encode(message)) == message
+    told = wire.encode(message)  # compared as bytes: a damaged number may be NaN, which equals nothing
+    assert wire.encode(decode(told)) == told
