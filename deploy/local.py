@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import json
 import os
+import random
 import shlex
 import shutil
 import signal
@@ -31,6 +32,8 @@ from deploy.placement import Hardware, Seat, seats
 
 Role = Literal["router", "prefill", "decode", "sim"]
 LOOPBACK = "127.0.0.1"
+PORTS = (20_000, 32_000)
+"""Below the range that Linux takes ports of outgoing connections from."""
 POLL_S = 0.25
 WORKER_END_S = 8.0
 """Time for a worker to end once the router has drained; one that still loads doesn't hear SIGTERM."""
@@ -547,10 +550,12 @@ def registered(client: httpx.Client, url: str) -> set[str] | None:
 
 
 def free_port() -> int:
-    """A TCP port on loopback that is free now."""
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        return int(probe.getsockname()[1])
+    """A TCP port on loopback that is free now, and that no connection is given by chance until it is used."""
+    for port in random.sample(range(*PORTS), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((LOOPBACK, port))
+            return port
+    raise ClusterError(f"no port of 100 tried between {PORTS[0]} and {PORTS[1]} is free")
 
 
 def check_port(host: str, port: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -138,7 +139,13 @@ class Producer:
         set_heartbeat(socket)
         if keys_dir is not None:
             apply_curve_server(socket, keys_dir)
-        socket.bind(bind)
+        try:
+            socket.bind(bind)
+        except zmq.ZMQError as error:
+            socket.close()
+            raise OSError(
+                f"KV can't be served on {bind} ({os.strerror(error.errno or 0)}): choose another with --kv-bind"
+            ) from None
         return socket
 
     def close(self) -> None:

@@ -45,28 +45,17 @@ class WorkerSide:
         self._translations: dict[int, Translation] = {}
         self._bf16 = all(layer.dtype == torch.bfloat16 for g in groups for layer in g.layers)
         self._codec = _codec(options.codec, self._bf16)
-        keys_dir = Path(options.keys_dir) if options.keys_dir else None
-        self._keys_dir = keys_dir
+        self._keys_dir = Path(options.keys_dir) if options.keys_dir else None
         self._producer: Producer | None = None
         self._consumers: dict[int, Consumer] = {}
-        if options.role == "prefill":
-            self._producer = Producer(
-                self._loop,
-                self._context,
-                bind=options.kv_bind,
-                epoch=options.epoch,
-                shapes=encoded_shapes(self.cache.shapes, self._codec) if self._codec else self.cache.shapes,
-                codec=options.codec,
-                arena=_arena(options.staging_bytes, groups),
-                lease_s=options.lease_s,
-                emit=self._control.emit,
-                transports=producer_transports(options.transports, bind=options.host),
-                piece_bytes=options.piece_bytes,
-                digests=Digests(options.check),
-                keys_dir=keys_dir,
-            )
-        else:
-            self._consumers[0] = self._new_consumer(self.cache, self._control.emit)
+        try:
+            if options.role == "prefill":
+                self._producer = self._new_producer()
+            else:
+                self._consumers[0] = self._new_consumer(self.cache, self._control.emit)
+        except BaseException:
+            self._context.destroy(linger=0)  # a context with open sockets waits for them when it is collected
+            raise
         self._control.emit(
             wire.Ready(
                 rank,
@@ -76,6 +65,24 @@ class WorkerSide:
             )
         )
         self._loop.start()
+
+    def _new_producer(self) -> Producer:
+        options = self._options
+        return Producer(
+            self._loop,
+            self._context,
+            bind=options.kv_bind,
+            epoch=options.epoch,
+            shapes=encoded_shapes(self.cache.shapes, self._codec) if self._codec else self.cache.shapes,
+            codec=options.codec,
+            arena=_arena(options.staging_bytes, self._groups),
+            lease_s=options.lease_s,
+            emit=self._control.emit,
+            transports=producer_transports(options.transports, bind=options.host),
+            piece_bytes=options.piece_bytes,
+            digests=Digests(options.check),
+            keys_dir=self._keys_dir,
+        )
 
     def _new_consumer(self, cache: Cache, emit: Callable[[wire.Event], None]) -> Consumer:
         options = self._options
