@@ -143,9 +143,8 @@ class Producer:
             socket.bind(bind)
         except zmq.ZMQError as error:
             socket.close()
-            raise OSError(
-                f"KV can't be served on {bind} ({os.strerror(error.errno or 0)}): choose another with --kv-bind"
-            ) from None
+            why = os.strerror(error.errno or 0)
+            raise OSError(f"KV can't be served on {bind} ({why}): choose another with --kv-bind") from None
         return socket
 
     def close(self) -> None:
