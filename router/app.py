@@ -18,7 +18,7 @@ from braid.errors import (
     Unavailable,
 )
 from braid.settings import RouterSettings
-from router import plain, reasoning, strategies
+from router import plain, reasoning, responses, strategies
 from router.admission import Admission
 from router.auth import Keys
 from router.cluster import RETRY_AFTER_S, Cluster
@@ -38,6 +38,7 @@ log = logging.getLogger("braid.router")
 Handler = Callable[[Call, str], Awaitable[None]]
 """Answers a call of a tenant."""
 
+RESPONSES = "/v1/responses"
 _OPEN = ("/health", "/ready")
 _TARGETS: dict[Endpoint, str] = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 
@@ -77,8 +78,9 @@ class App:
             "/cluster": ("GET", self._cluster),
             "/v1/models": ("GET", self._models),
             "/v1/strategies": ("GET", self._strategies),
-            "/v1/chat/completions": ("POST", lambda call, tenant: self._generate(call, tenant, "chat")),
-            "/v1/completions": ("POST", lambda call, tenant: self._generate(call, tenant, "completions")),
+            "/v1/chat/completions": ("POST", self._chat),
+            "/v1/completions": ("POST", self._completions),
+            RESPONSES: ("POST", self._responses),
             "/tokenize": ("POST", self._passthrough),
             "/detokenize": ("POST", self._passthrough),
         }
@@ -115,7 +117,8 @@ class App:
         if scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1000})
             return
-        call = Call(scope, receive, send, self.settings)
+        kind = responses.ResponsesCall if scope["path"] == RESPONSES else Call
+        call = kind(scope, receive, send, self.settings)
         if call.method == "POST" and call.path in self._routes:
             call.trace = self.tracer.request(f"POST {call.path}", call.headers)
         try:
@@ -148,8 +151,19 @@ class App:
 
     # Requests that run on workers
 
-    async def _generate(self, call: Call, tenant: str, endpoint: Endpoint) -> None:
-        body = await self._body(call)
+    async def _chat(self, call: Call, tenant: str) -> None:
+        await self._generate(call, tenant, "chat", await self._body(call))
+
+    async def _completions(self, call: Call, tenant: str) -> None:
+        await self._generate(call, tenant, "completions", await self._body(call))
+
+    async def _responses(self, call: Call, tenant: str) -> None:
+        body, asked = responses.translate(await self._body(call))
+        assert isinstance(call, responses.ResponsesCall)
+        call.word_as(asked)
+        await self._generate(call, tenant, "chat", body)
+
+    async def _generate(self, call: Call, tenant: str, endpoint: Endpoint, body: dict[str, Any]) -> None:
         plan = reasoning.split(body, self.registry.models())
         request = validate(endpoint, body, self.settings.max_n)
         model = self.cluster.served_model(request.model)
@@ -169,14 +183,16 @@ class App:
         )
         call.trace.note(model=model, operation="chat" if endpoint == "chat" else "text_completion")
         if plan is None:
+            if call.path == RESPONSES and job.n > 1:
+                raise BadRequest("A response has one answer: choose among samples.", param="reasoning.n")
             call.trace.note(n=job.n)
             work = plain.run(self.cluster, call, job, request.stream)
-            await self._serve(call, endpoint, job.n * job.prompts, work)
+            await self._serve(call, _label(call, endpoint), job.n * job.prompts, work)
             return
         strategy = reasoning.prepare(plan, request, self.settings)
         call.trace.note(strategy=strategy.spec.name, n=strategy.options.n)
         work = reasoning.run(self.cluster, call, job, strategy, request.stream)
-        await self._serve(call, endpoint, strategy.slots, work)
+        await self._serve(call, _label(call, endpoint), strategy.slots, work)
 
     async def _passthrough(self, call: Call, tenant: str) -> None:
         body = await self._body(call)
@@ -293,6 +309,11 @@ class App:
         self.metrics.pairs.clear()
         for pair in self.pairs.state():
             self.metrics.pairs.labels("verified" if pair["verified"] else "unverified").inc()
+
+
+def _label(call: Call, endpoint: Endpoint) -> str:
+    """The endpoint's label in metrics and logs."""
+    return "responses" if call.path == RESPONSES else endpoint
 
 
 def _named(call: Call) -> dict[str, str]:

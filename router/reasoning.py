@@ -13,9 +13,10 @@ import msgspec
 from braid.errors import BadRequest
 from braid.settings import RouterSettings
 from braid.wire import KvRecord
-from router import proof, strategies
+from router import efforts, proof, strategies
 from router.cluster import Cluster
 from router.dispatch import Job
+from router.efforts import Effort
 from router.groups import WorkerSampler
 from router.http import JSON, Call
 from router.sampler import Answer, GroupUsage, Progress
@@ -38,10 +39,12 @@ class Prepared:
     slots: int
 
 
-def split(body: dict[str, Any], served: Sequence[str]) -> dict[str, Any] | None:
+def split(body: dict[str, Any], served: Sequence[str], effort: Effort = "pass") -> dict[str, Any] | None:
     """Take the reasoning extension out of a body, also from the model's name; None if there is none.
 
-    The result has ``strategy`` and the options. ``direct`` without options is a plain request.
+    The result has ``strategy`` and the options. ``direct`` without options is a plain request. OpenAI's own
+    ``reasoning.effort`` becomes ``reasoning_effort``, which the engine reads (``effort`` ``pass``), or
+    strategy ``auto`` where no strategy is named (``auto``).
 
     Raises:
         BadRequest: the extension is malformed or contradicts itself.
@@ -54,6 +57,7 @@ def split(body: dict[str, Any], served: Sequence[str]) -> dict[str, Any] | None:
     if named is not None:
         body["model"], suffix = named
         options = _agree(options or {}, suffix, "the model's name and reasoning")
+    options = efforts.separate(body, options, effort)
     if options is None:
         return None
     if not isinstance(options.get("strategy"), str):

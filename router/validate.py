@@ -95,7 +95,7 @@ def check_request_id(value: str) -> str:
 
 def validate(endpoint: Endpoint, body: dict[str, Any], max_n: int) -> Request:
     """Check a chat or completion body; raises :class:`BadRequest`."""
-    _check_internal(body)
+    check_internal(body)
     model = body.get("model")
     if model is not None and not (isinstance(model, str) and 0 < len(model) <= MAX_MODEL_CHARS):
         raise _bad("model", "must be a model's name")
@@ -176,7 +176,8 @@ def _check_numbers(body: Json, max_n: int) -> None:
         raise _bad("n", f"must be an integer from 1 to {max_n}")
 
 
-def _check_internal(body: Json) -> None:
+def check_internal(body: Json) -> None:
+    """Raise :class:`BadRequest` if ``body`` has a field that only the cluster itself may set."""
     for field in _INTERNAL:
         if field in body:
             raise _bad(field, "is internal to the cluster and is refused from clients")
