@@ -131,6 +131,9 @@ class RouterSettings(ProcessSettings):
         description="URL that spans of requests are sent to (OTLP over HTTP), such as "
         "http://127.0.0.1:4318/v1/traces; OTEL_EXPORTER_OTLP_TRACES_ENDPOINT is taken too",
     )
+    group_history: int = Field(
+        1000, ge=0, description="groups that GET /v1/groups/ID still knows, over all API keys"
+    )
     verifiers: Verifiers = Field(
         {}, description="verifiers by name, a table each in the file (docs/strategies.md), JSON elsewhere"
     )

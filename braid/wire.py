@@ -38,7 +38,7 @@ import msgspec
 
 _T = TypeVar("_T")
 
-PROTOCOL = 3
+PROTOCOL = 4
 MAX_FRAME = 64 * 1024 * 1024
 """Upper bound of one frame in bytes."""
 
@@ -243,7 +243,8 @@ class Prefill(_Msg, frozen=True, tag="prefill"):
     """Compute the KV of ``body``'s prompt(s), once, and hold it for the ticket's consumers.
 
     ``target`` and ``body`` are the client's path and JSON body, so that P renders exactly what D does;
-    sampling fields in it have no effect here. ``deadline_s`` is relative to receipt."""
+    sampling fields in it have no effect here. ``deadline_s`` is relative to receipt.
+    ``group``: id of the request's group, for logs."""
 
     ref: int
     ticket: Ticket
@@ -251,6 +252,7 @@ class Prefill(_Msg, frozen=True, tag="prefill"):
     body: bytes
     request_id: str
     deadline_s: float
+    group: str = ""
 
 
 class Decode(_Msg, frozen=True, tag="decode"):
@@ -279,6 +281,8 @@ class Decode(_Msg, frozen=True, tag="decode"):
     after: str = ""
     watch: Watch | None = None
     """In mode ``samples``: how the samples' confidence is measured, and which are ended for it."""
+    group: str = ""
+    """Id of the request's group, for logs."""
 
 
 class Lost(_Msg, frozen=True, tag="lost"):

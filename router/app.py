@@ -23,6 +23,7 @@ from router.admission import Admission
 from router.auth import Keys
 from router.cluster import RETRY_AFTER_S, Cluster
 from router.dispatch import Job
+from router.history import Entry, History
 from router.http import Call, Receive, Scope, Send
 from router.link import Link
 from router.metrics import CONTENT_TYPE, Metrics
@@ -38,7 +39,7 @@ log = logging.getLogger("braid.router")
 Handler = Callable[[Call, str], Awaitable[None]]
 """Answers a call of a tenant."""
 
-RESPONSES = "/v1/responses"
+RESPONSES, GROUPS = "/v1/responses", "/v1/groups/"
 _OPEN = ("/health", "/ready")
 _TARGETS: dict[Endpoint, str] = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 
@@ -66,6 +67,7 @@ class App:
         self.admission = Admission(
             settings.max_inflight, settings.queue_limit, settings.queue_timeout_s, self.metrics
         )
+        self.history = History(settings.group_history)
         self._keys = Keys(settings.api_keys_file)
         self.tracer = make_tracer(settings)
         self._started = int(time.time())
@@ -81,6 +83,7 @@ class App:
             "/v1/chat/completions": ("POST", self._chat),
             "/v1/completions": ("POST", self._completions),
             RESPONSES: ("POST", self._responses),
+            GROUPS: ("GET", self._group),
             "/tokenize": ("POST", self._passthrough),
             "/detokenize": ("POST", self._passthrough),
         }
@@ -111,6 +114,7 @@ class App:
         """Assert what must hold of all stores; when ``idle``, that nothing is left of any request."""
         self.cluster.check_integrity(idle)
         self.admission.check_integrity(idle)
+        self.history.check_integrity(idle)
         assert not idle or not self._running
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -134,7 +138,7 @@ class App:
             call.end_trace()
 
     def _route(self, call: Call) -> Handler:
-        route = self._routes.get(call.path)
+        route = self._routes.get(GROUPS if call.path.startswith(GROUPS) else call.path)
         if route is None:
             raise NotFound("No such path.", code="unknown_path")
         method, handler = route
@@ -169,6 +173,9 @@ class App:
         model = self.cluster.served_model(request.model)
         if tenant:
             body["cache_salt"] = _salt(tenant, body.get("cache_salt"))
+        strategy = None if plan is None else reasoning.prepare(plan, request, self.settings)
+        if strategy is None and call.path == RESPONSES and (request.n or 1) > 1:
+            raise BadRequest("A response has one answer: choose among samples.", param="reasoning.n")
         job = Job(
             target=_TARGETS[endpoint],
             body={**body, "model": model} if request.model is not None else body,
@@ -180,19 +187,21 @@ class App:
             headers=call.headers_for_workers(),
             local=self._local(request),
             trace=call.trace,
+            group=call.begin_group(),
         )
         call.trace.note(model=model, operation="chat" if endpoint == "chat" else "text_completion")
-        if plan is None:
-            if call.path == RESPONSES and job.n > 1:
-                raise BadRequest("A response has one answer: choose among samples.", param="reasoning.n")
-            call.trace.note(n=job.n)
-            work = plain.run(self.cluster, call, job, request.stream)
-            await self._serve(call, _label(call, endpoint), job.n * job.prompts, work)
+        label = "responses" if call.path == RESPONSES else endpoint
+        n = job.n if strategy is None else strategy.options.n
+        entry = Entry(job.group, job.request_id, label, model, n)
+        self.history.begin(tenant, job.group, entry)
+        if strategy is None:
+            call.trace.note(n=n)
+            work = plain.run(self.cluster, call, job, request.stream, entry)
+            await self._serve(call, label, n * job.prompts, work, entry)
             return
-        strategy = reasoning.prepare(plan, request, self.settings)
-        call.trace.note(strategy=strategy.spec.name, n=strategy.options.n)
-        work = reasoning.run(self.cluster, call, job, strategy, request.stream)
-        await self._serve(call, _label(call, endpoint), strategy.slots, work)
+        call.trace.note(strategy=strategy.spec.name, n=n)
+        work = reasoning.run(self.cluster, call, job, strategy, request.stream, entry)
+        await self._serve(call, label, strategy.slots, work, entry)
 
     async def _passthrough(self, call: Call, tenant: str) -> None:
         body = await self._body(call)
@@ -219,19 +228,34 @@ class App:
             return "unshareable"
         return "short" if request.chars < self.settings.remote_min_chars else ""
 
-    async def _serve(self, call: Call, endpoint: str, slots: int, work: Coroutine[Any, Any, None]) -> None:
+    async def _serve(
+        self,
+        call: Call,
+        endpoint: str,
+        slots: int,
+        work: Coroutine[Any, Any, None],
+        entry: Entry | None = None,
+    ) -> None:
         """Admit, run and count a request; it ends exactly once, whatever happens."""
         task = asyncio.create_task(call.while_connected(self._admitted(call, endpoint, slots, work)))
         self._running.add(task)
+        outcome = "failed"
         try:
             await task
+            outcome = call.outcome
+        except ClientGone:
+            outcome = "cancelled"
+            raise
         except asyncio.CancelledError:
+            outcome = "cancelled"
             if not self._aborting:
                 raise
             raise Unavailable("This router is shutting down.", retry_after_s=RETRY_AFTER_S) from None
         finally:
             self._running.discard(task)
             work.close()
+            if entry is not None:
+                entry.end(outcome)
 
     async def _admitted(self, call: Call, endpoint: str, slots: int, work: Coroutine[Any, Any, None]) -> None:
         async with self.admission.slots(slots):
@@ -297,6 +321,12 @@ class App:
         ]
         await call.respond_json({"object": "list", "data": data})
 
+    async def _group(self, call: Call, tenant: str) -> None:
+        entry = self.history.find(tenant, call.path.removeprefix(GROUPS))
+        if entry is None:
+            raise NotFound("No group of this id is known, or it is too long ago.", code="unknown_group")
+        await call.respond_json(entry.view())
+
     async def _strategies(self, call: Call, tenant: str) -> None:
         data = strategies.describe(trigger=self.settings.trigger)
         services = {"verifiers": self.verifiers.describe(), "retrievers": self.retrievers.describe()}
@@ -309,11 +339,6 @@ class App:
         self.metrics.pairs.clear()
         for pair in self.pairs.state():
             self.metrics.pairs.labels("verified" if pair["verified"] else "unverified").inc()
-
-
-def _label(call: Call, endpoint: Endpoint) -> str:
-    """The endpoint's label in metrics and logs."""
-    return "responses" if call.path == RESPONSES else endpoint
 
 
 def _named(call: Call) -> dict[str, str]:

@@ -48,6 +48,7 @@ class Job:
         after: what ``home`` knows the sample by that the body goes on from.
         watch: have the decode workers measure the samples' confidence (mode ``samples``).
         trace: span that those of the dispatches are below.
+        group: id of the request's group, for the workers' logs.
     """
 
     target: str
@@ -66,6 +67,7 @@ class Job:
     after: str = ""
     watch: wire.Watch | None = None
     trace: Trace = OFF
+    group: str = ""
 
 
 @dataclass(slots=True, eq=False)
@@ -242,6 +244,7 @@ class Fanout:
             msgspec.json.encode(self.job.body),
             self.job.request_id,
             deadline - now,
+            self.job.group,
         )
         self.cluster.link.send(worker, message)
         return producer
@@ -269,6 +272,7 @@ class Fanout:
             keep=self.job.keep,
             after=self.job.after if share.worker.name == self.job.home else "",
             watch=self.job.watch,
+            group=self.job.group,
         )
         self.cluster.link.send(share.worker, message)
 

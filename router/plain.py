@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -12,15 +13,18 @@ from braid.errors import UpstreamFailed
 from router import proof
 from router.cluster import Cluster
 from router.dispatch import Failed, Fanout, Job, Share
+from router.history import Entry
 from router.http import Call, Headers, headers_for_clients
 from router.sse import Broken, Joiner, event, join_bodies, parse_object
 
+Usage = Mapping[str, Any]
+"""OpenAI's usage object; empty where nothing is known."""
 HEADS_WAIT_S = 0.1
 """How long the first bytes of a stream wait for the other shares, so that the headers tell of all."""
 
 
-async def run(cluster: Cluster, call: Call, job: Job, stream: bool) -> None:
-    """Answer ``call`` with what the workers make of ``job``.
+async def run(cluster: Cluster, call: Call, job: Job, stream: bool, entry: Entry | None = None) -> None:
+    """Answer ``call`` with what the workers make of ``job``, and tell ``entry`` of it.
 
     Raises:
         BraidError: it could not be answered; the caller words the error.
@@ -28,7 +32,11 @@ async def run(cluster: Cluster, call: Call, job: Job, stream: bool) -> None:
     fanout = Fanout(cluster, job)
     try:
         fanout.start()
-        await (_Stream(cluster, call, fanout).run() if stream else _whole(call, fanout))
+        if entry is not None:
+            entry.follow(lambda: (fanout.prefill, list(records(fanout))))
+        usage = await (_Stream(cluster, call, fanout).run() if stream else _whole(call, fanout))
+        if entry is not None:
+            entry.spent(usage)
     except Broken as error:
         raise UpstreamFailed(f"A worker's answer could not be used: {error}.") from None
     finally:
@@ -57,22 +65,24 @@ def proof_headers(call: Call, fanout: Fanout) -> Headers:
 
 
 def proof_body(fanout: Fanout) -> dict[str, Any]:
-    return proof.body(fanout.prefill, records(fanout))
+    return {**proof.body(fanout.prefill, records(fanout)), "group": fanout.job.group}
 
 
-async def _whole(call: Call, fanout: Fanout) -> None:
+async def _whole(call: Call, fanout: Fanout) -> Usage:
     answers = await _collect(fanout)
     for head, body in answers.values():
         if head.status != 200:
             await _respond(call, fanout, head, body)
-            return
+            return {}
     shares = [(share.first, parse_object(body)) for share, (_, body) in answers.items()]
     joined = join_bodies(sorted(shares, key=lambda pair: pair[0]))
     joined["braid"] = proof_body(fanout)
     head = next(iter(answers.values()))[0]
-    usage = joined.get("usage")
-    call.trace.usage(usage if isinstance(usage, dict) else {})
+    told = joined.get("usage")
+    usage = told if isinstance(told, dict) else {}
+    call.trace.usage(usage)
     await _respond(call, fanout, head, msgspec.json.encode(joined))
+    return usage
 
 
 async def _collect(fanout: Fanout) -> dict[Share, tuple[wire.Head, bytes]]:
@@ -115,7 +125,8 @@ class _Stream:
         self._error: tuple[Share, list[bytes]] | None = None
         self._first_at = 0.0
 
-    async def run(self) -> None:
+    async def run(self) -> Usage:
+        """Stream until the end; returns the usage as far as the workers told it."""
         async for share, message in self._fanout.events():
             match message:
                 case Failed(error):
@@ -125,10 +136,12 @@ class _Stream:
                     self._on_head(share, message)
                 case wire.Body():
                     if await self._on_body(share, message):
-                        return
-        self._call.trace.usage(self._joiner.usage or {"prompt_tokens": self._fanout.prompt_tokens or None})
+                        return {}
+        usage = self._joiner.usage or {"prompt_tokens": self._fanout.prompt_tokens or None}
+        self._call.trace.usage(usage)
         await self._write(self._joiner.finish(proof_body(self._fanout)), force=True)
         await self._call.end()
+        return usage
 
     def _on_head(self, share: Share, head: wire.Head) -> None:
         self._heads[share] = head

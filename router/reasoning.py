@@ -18,6 +18,7 @@ from router.cluster import Cluster
 from router.dispatch import Job
 from router.efforts import Effort
 from router.groups import WorkerSampler
+from router.history import Entry
 from router.http import JSON, Call
 from router.sampler import Answer, GroupUsage, Progress
 from router.sse import DONE, event
@@ -90,24 +91,29 @@ def prepare(plan: Mapping[str, Any], request: Request, settings: RouterSettings)
     return Prepared(spec, options, options.slots)
 
 
-async def run(cluster: Cluster, call: Call, job: Job, prepared: Prepared, stream: bool) -> None:
-    """Answer ``call`` with what the strategy makes of it; raises :class:`braid.errors.BraidError`."""
+async def run(cluster: Cluster, call: Call, job: Job, prepared: Prepared, stream: bool, entry: Entry) -> None:
+    """Answer ``call`` with what the strategy makes of it, and tell ``entry`` of it; raises
+    :class:`braid.errors.BraidError`."""
     cluster.metrics.strategies.labels(prepared.spec.name).inc()
     sampler = WorkerSampler(cluster, job)
     reply = _Reply(cluster, call, job, sampler)
     body = {key: value for key, value in job.body.items() if key not in _OURS}
-    progress = reply.progress if stream else _silent
+    entry.follow(reply.workers, prepared.spec.name)
+
+    async def progress(told: Mapping[str, Any]) -> None:
+        entry.told(told)
+        if stream:
+            await reply.progress(told)
+
     try:
         answer = await prepared.spec.run(sampler, body, prepared.options, progress)
+        answer.report["group"] = job.group
+        entry.spent(_usage(answer.usages), answer.report)
         call.trace.usage(_usage(answer.usages))
         await (reply.finish_stream(answer) if stream else reply.whole(answer))
     finally:
         sampler.forget()
         proof.count(cluster.metrics, _kv(sampler.usages))
-
-
-async def _silent(event: Mapping[str, Any]) -> None:
-    """The :data:`Progress` of a reply that is not streamed."""
 
 
 class _Reply:
@@ -123,7 +129,12 @@ class _Reply:
 
     async def progress(self, told: Mapping[str, Any]) -> None:
         """Stream an event of the strategy; a :data:`Progress`."""
+        told = {**told, "group": self._job.group}
         await self._write({"choices": [self._choice({}, None)], "reasoning": told})
+
+    def workers(self) -> tuple[str, list[str]]:
+        """The prefill workers, joined, and the decode workers so far."""
+        return _prefill(self._sampler.usages), list(self._records(self._sampler.usages))
 
     async def whole(self, answer: Answer) -> None:
         kind = "chat.completion" if self._chat else "text_completion"
@@ -175,7 +186,7 @@ class _Reply:
         return proof.headers(self._call.request_id, _prefill(usages), self._records(usages))
 
     def _proof(self, usages: Sequence[GroupUsage]) -> dict[str, Any]:
-        return proof.body(_prefill(usages), self._records(usages))
+        return {**proof.body(_prefill(usages), self._records(usages)), "group": self._job.group}
 
     def _records(self, usages: Sequence[GroupUsage]) -> dict[str, KvRecord | None]:
         placed = [share.worker.name for group in self._sampler.groups for share in group.fanout.shares]

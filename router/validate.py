@@ -29,6 +29,7 @@ Endpoint = Literal["chat", "completions"]
 Json = Mapping[str, Any]
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_GROUP = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _TOKEN_KEY = re.compile(r"[0-9]{1,10}")
 _INTERNAL = ("kv_transfer_params", "ec_transfer_params", "kv_hints", "request_id")
 _ASSISTANT_WITHOUT_CONTENT = (
@@ -90,6 +91,15 @@ def check_request_id(value: str) -> str:
     """The client's request id; raises :class:`BadRequest` if it can't be used."""
     if not _REQUEST_ID.fullmatch(value):
         raise BadRequest("X-Request-Id must be 1 to 128 characters of A-Z a-z 0-9 . _ -")
+    return value
+
+
+def check_group(value: str) -> str:
+    """The client's id of a group; raises :class:`BadRequest` if it can't be used."""
+    if not _GROUP.fullmatch(value):
+        raise BadRequest(
+            "X-Braid-Group must be 1 to 64 characters of A-Z a-z 0-9 . _ -", param="X-Braid-Group"
+        )
     return value
 
 

@@ -38,6 +38,7 @@ from tests.router.test_cancel import connected
 
 pytestmark = pytest.mark.slow
 
+GROUP = {"x-braid-group": "ours"}
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 PARENT = "b7ad6b7169203331"
 RECORD = wire.KvRecord(
@@ -77,7 +78,7 @@ def parent_sent(decode: wire.Decode) -> tuple[str, str]:
 
 async def test_a_group_on_two_workers(stand: Stand, collector: Collector) -> None:
     _, d0, d1 = await stand.workers(prefill=computes, decode=answers_with_a_record, decoders=2)
-    reply = await stand.http.post(CHAT, json=chat(n=5), headers={"x-request-id": "mine"})
+    reply = await stand.http.post(CHAT, json=chat(n=5), headers={"x-request-id": "mine", **GROUP})
     assert reply.status_code == 200
     root = await collector.request()
     assert (root.name, root.parent, root.failed) == ("POST /v1/chat/completions", "", False)
@@ -90,10 +91,12 @@ async def test_a_group_on_two_workers(stand: Stand, collector: Collector) -> Non
         "gen_ai.usage.input_tokens": 7,
         "gen_ai.usage.output_tokens": 10,
         "braid.request_id": "mine",
+        "braid.group": "ours",
         "braid.n": 5,
     }
     (prefill,) = collector.below(root, "prefill")
     assert prefill.attributes == {
+        "braid.group": "ours",
         "braid.worker": "p0",
         "braid.attempt": 1,
         "braid.status": 200,
@@ -104,6 +107,7 @@ async def test_a_group_on_two_workers(stand: Stand, collector: Collector) -> Non
     decodes = collector.below(root, "decode")
     assert [d.attributes for d in decodes] == [
         {
+            "braid.group": "ours",
             "braid.worker": worker,
             "braid.first": first,
             "braid.n": n,

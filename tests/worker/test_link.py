@@ -13,6 +13,7 @@ import zmq
 import zmq.asyncio
 
 from braid import wire
+from braid.log import GROUP
 from braid.worker.link import WorkerLink, keep_calling
 
 DEADLINE_S = 60.0
@@ -34,12 +35,14 @@ DECODE = wire.Decode(1, "/v1/completions", b"{}", "r", 1.0)
 
 
 class Recorder:
-    """A service that notes what it is told."""
+    """A service that notes what it is told, and the groups that dispatches are started for."""
 
     def __init__(self) -> None:
         self.calls: asyncio.Queue[object] = asyncio.Queue()
+        self.groups: list[str] = []
 
     def start(self, message: object) -> None:
+        self.groups.append(GROUP.get())
         self.calls.put_nowait(message)
 
     cancel = lost = forget = start
