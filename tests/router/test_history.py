@@ -61,7 +61,7 @@ async def test_a_failed_group_is_found_by_its_reply(stand: Stand) -> None:
 @pytest.mark.parametrize("bad", ["", "a" * 65, "a b", "a/b", "ü"])
 async def test_an_unusable_id_is_refused(stand: Stand, bad: str) -> None:
     _, d0 = await stand.workers()
-    reply = await stand.http.post(CHAT, json=chat(), headers={"x-braid-group": bad.encode()})
+    reply = await stand.http.post(CHAT, json=chat(), headers=[(b"x-braid-group", bad.encode())])
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, "X-Braid-Group")
     assert "x-braid-group" not in reply.headers
     assert d0.got(wire.Decode) == []

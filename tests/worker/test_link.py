@@ -134,6 +134,17 @@ async def test_hello_is_repeated_until_it_is_welcomed(link: WorkerLink, router: 
     assert link.registered
 
 
+async def test_a_dispatch_is_started_for_its_group(
+    link: WorkerLink, router: ScriptedRouter, service: Recorder
+) -> None:
+    await router.expect(wire.Hello)
+    await router.say(wire.Welcome(5, HEARTBEAT_S))
+    for message in (msgspec.structs.replace(DECODE, group="exam"), wire.Cancel(1)):
+        await router.say(message)
+        assert await service.next() == message
+    assert service.groups == ["exam", ""]
+
+
 async def test_a_ping_alone_registers_nobody(link: WorkerLink, router: ScriptedRouter) -> None:
     await router.expect(wire.Hello)
     await router.say(wire.Ping(5))
