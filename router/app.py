@@ -18,7 +18,7 @@ from braid.errors import (
     Unavailable,
 )
 from braid.settings import RouterSettings
-from router import plain, reasoning, responses, strategies
+from router import efforts, plain, reasoning, responses, strategies
 from router.admission import Admission
 from router.auth import Keys
 from router.cluster import RETRY_AFTER_S, Cluster
@@ -30,6 +30,7 @@ from router.metrics import CONTENT_TYPE, Metrics
 from router.pairs import Pairs
 from router.registry import Registry
 from router.retrievers import Retrievers
+from router.strategies import auto
 from router.tracing import make_tracer
 from router.validate import Endpoint, Request, parse_body, validate
 from router.verifiers import Verifiers
@@ -67,6 +68,8 @@ class App:
         self.admission = Admission(
             settings.max_inflight, settings.queue_limit, settings.queue_timeout_s, self.metrics
         )
+        self.efforts = efforts.load(settings.effort_table)
+        auto.check(self.efforts)
         self.history = History(settings.group_history)
         self._keys = Keys(settings.api_keys_file)
         self.tracer = make_tracer(settings)
@@ -168,12 +171,12 @@ class App:
         await self._generate(call, tenant, "chat", body)
 
     async def _generate(self, call: Call, tenant: str, endpoint: Endpoint, body: dict[str, Any]) -> None:
-        plan = reasoning.split(body, self.registry.models())
+        plan = reasoning.split(body, self.registry.models(), self.settings.effort)
         request = validate(endpoint, body, self.settings.max_n)
         model = self.cluster.served_model(request.model)
         if tenant:
             body["cache_salt"] = _salt(tenant, body.get("cache_salt"))
-        strategy = None if plan is None else reasoning.prepare(plan, request, self.settings)
+        strategy = None if plan is None else reasoning.prepare(plan, request, self.settings, self.efforts)
         if strategy is None and call.path == RESPONSES and (request.n or 1) > 1:
             raise BadRequest("A response has one answer: choose among samples.", param="reasoning.n")
         job = Job(

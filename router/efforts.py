@@ -8,6 +8,7 @@ one of an evaluation.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -128,6 +129,12 @@ def load(path: Path | None) -> Table:
         return read(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ValueError(f"effort_table {path}: {error}") from None
+
+
+@cache
+def shipped() -> Table:
+    """The table that ships with the router."""
+    return load(None)
 
 
 def separate(body: dict[str, Any], options: Mapping[str, Any] | None, mode: Effort) -> dict[str, Any] | None:

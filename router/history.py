@@ -54,6 +54,7 @@ class Entry:
         """The whole cost, and the strategy's report."""
         self._usage = dict(usage)
         if report is not None:
+            self._fixed["n"] = report.get("n", self._fixed["n"])
             self._report |= {key: report[key] for key in self._report.keys() & report.keys()}
 
     def end(self, outcome: str) -> None:

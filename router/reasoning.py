@@ -16,7 +16,7 @@ from braid.wire import KvRecord
 from router import efforts, proof, strategies
 from router.cluster import Cluster
 from router.dispatch import Job
-from router.efforts import Effort
+from router.efforts import Effort, Table
 from router.groups import WorkerSampler
 from router.history import Entry
 from router.http import JSON, Call
@@ -75,8 +75,11 @@ def split(body: dict[str, Any], served: Sequence[str], effort: Effort = "pass") 
     return options
 
 
-def prepare(plan: Mapping[str, Any], request: Request, settings: RouterSettings) -> Prepared:
-    """Check a strategy's options; raises :class:`BadRequest`."""
+def prepare(
+    plan: Mapping[str, Any], request: Request, settings: RouterSettings, table: Table | None = None
+) -> Prepared:
+    """Check a strategy's options; ``auto`` goes by ``table``. Raises :class:`BadRequest`."""
+    context = {"efforts": table}
     if request.prompts != 1:
         raise BadRequest("A strategy takes one prompt a request.", param="prompt")
     n = plan.get("n")
@@ -85,9 +88,9 @@ def prepare(plan: Mapping[str, Any], request: Request, settings: RouterSettings)
     spec = strategies.get(plan["strategy"])
     if "trigger" in spec.options.model_fields:
         plan = {"trigger": settings.trigger, **plan}
-    options = spec.parse(plan)
+    options = spec.parse(plan, context)
     if options.n > settings.max_n:  # a default, as the client gave none
-        options = spec.parse({**plan, "n": settings.max_n})
+        options = spec.parse({**plan, "n": settings.max_n}, context)
     return Prepared(spec, options, options.slots)
 
 
