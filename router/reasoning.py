@@ -111,8 +111,9 @@ async def run(cluster: Cluster, call: Call, job: Job, prepared: Prepared, stream
     try:
         answer = await prepared.spec.run(sampler, body, prepared.options, progress)
         answer.report["group"] = job.group
-        entry.spent(_usage(answer.usages), answer.report)
-        call.trace.usage(_usage(answer.usages))
+        usage = usage_of(answer)
+        entry.spent(usage, answer.report)
+        call.trace.usage(usage)
         await (reply.finish_stream(answer) if stream else reply.whole(answer))
     finally:
         sampler.forget()
@@ -144,7 +145,7 @@ class _Reply:
         reply = {
             **self._frame(kind),
             "choices": [{**answer.choice, "index": 0}],
-            "usage": _usage(answer.usages),
+            "usage": usage_of(answer),
             "reasoning": answer.report,
             "braid": self._proof(answer.usages),
         }
@@ -161,7 +162,7 @@ class _Reply:
         await self._write(last)
         options = self._job.body.get("stream_options") or {}
         if options.get("include_usage"):
-            await self._write({"choices": [], "usage": _usage(answer.usages)})
+            await self._write({"choices": [], "usage": usage_of(answer)})
         await self._call.write(DONE, more=False)
 
     async def _write(self, fields: Mapping[str, Any]) -> None:
@@ -215,15 +216,24 @@ def _prefill(usages: Sequence[GroupUsage]) -> str:
     return ",".join(dict.fromkeys(usage.prefill for usage in usages if usage.prefill))
 
 
-def _usage(usages: Sequence[GroupUsage]) -> dict[str, Any]:
-    """OpenAI's usage: each group's prompt once, every generated token."""
-    prompt = sum(usage.prompt_tokens for usage in usages)
+def usage_of(answer: Answer) -> dict[str, Any]:
+    """OpenAI's usage: each token once. Of a prompt that goes on from a sample only what is new counts as
+    prompt; the rest has been counted, and ``continued_tokens`` tells it, ``recomputed_tokens`` how much of it
+    no cache had. ``reasoning_tokens`` are those generated beside the returned answer."""
+    usages = answer.usages
+    prompt = sum(usage.prompt_tokens - usage.continued_tokens for usage in usages)
     completion = sum(usage.completion_tokens for usage in usages)
+    read = {"cached_tokens": sum(max(0, one.cached_tokens - one.continued_tokens) for one in usages)}
+    if continued := sum(usage.continued_tokens for usage in usages):
+        again = sum(max(0, one.continued_tokens - one.cached_tokens) for one in usages)
+        read |= {"continued_tokens": continued, "recomputed_tokens": again}
+    beside = max(0, completion - answer.tokens) if answer.tokens is not None else 0
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": sum(usage.cached_tokens for usage in usages)},
+        "prompt_tokens_details": read,
+        "completion_tokens_details": {"reasoning_tokens": beside},
     }
 
 

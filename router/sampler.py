@@ -65,6 +65,8 @@ class GroupUsage:
     Attributes:
         prompt_tokens: tokens of the shared prompt, once.
         cached_tokens: of these, found in a cache.
+        continued_tokens: of these, the beginning that an earlier group of the request has told already: the
+            prompt and the tokens of the sample that this group goes on from.
         completion_tokens: every generated token, also of stopped and failed samples.
         kv: one record a decode worker, keyed by its name.
         prefill: name of the prefill worker, empty for path ``local``.
@@ -72,6 +74,7 @@ class GroupUsage:
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    continued_tokens: int = 0
     completion_tokens: int = 0
     kv: dict[str, KvRecord] = field(default_factory=dict)
     prefill: str = ""
@@ -90,6 +93,7 @@ def as_one(usages: Sequence[GroupUsage]) -> GroupUsage:
     return GroupUsage(
         first.prompt_tokens,
         first.cached_tokens,
+        first.continued_tokens,
         sum(usage.completion_tokens for usage in usages),
         {worker: merge(of_one) for worker, of_one in records.items()},
         ",".join(dict.fromkeys(usage.prefill for usage in usages if usage.prefill)),
@@ -164,8 +168,10 @@ class Answer:
         choice: the OpenAI choice returned to the client (its index is set to 0).
         report: JSON-serialisable fields of the reply's ``reasoning`` (votes, samples, confidence...).
         usages: of every group the strategy opened.
+        tokens: generated tokens of the returned answer itself, None if unknown.
     """
 
     choice: Mapping[str, Any]
     report: dict[str, Any]
     usages: list[GroupUsage]
+    tokens: int | None = None

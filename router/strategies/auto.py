@@ -86,4 +86,4 @@ async def run(sampler: Sampler, body: Mapping[str, Any], options: AutoOptions, p
     spec, inner = options.inner(choice.row)
     answer = await spec.run(sampler, fields(choice.row, body), inner, progress)
     told = {"strategy": "auto", "then": spec.name, "auto": options.told(choice)}
-    return Answer(answer.choice, {**answer.report, **told}, answer.usages)
+    return Answer(answer.choice, {**answer.report, **told}, answer.usages, answer.tokens)

@@ -99,7 +99,7 @@ async def run(
     answer = await spec.run(sampler, prompt, inner, progress)
     documents = [document.report(options.return_samples) for document in found]
     told = {"strategy": "retrieval", "then": spec.name, "retriever": retriever.name, "documents": documents}
-    return Answer(answer.choice, {**answer.report, **told, **failed}, answer.usages)
+    return Answer(answer.choice, {**answer.report, **told, **failed}, answer.usages, answer.tokens)
 
 
 def _listed(documents: Sequence[Document]) -> str:
