@@ -22,6 +22,7 @@ from router import efforts, plain, reasoning, responses, strategies
 from router.admission import Admission
 from router.auth import Keys
 from router.cluster import RETRY_AFTER_S, Cluster
+from router.direct import streamed
 from router.dispatch import Job
 from router.history import Entry, History
 from router.http import Call, Receive, Scope, Send
@@ -203,6 +204,11 @@ class App:
             await self._serve(call, label, n * job.prompts, work, entry)
             return
         call.trace.note(strategy=strategy.spec.name, n=n)
+        if request.stream and (found := streamed(strategy.spec, strategy.options, job, call.received)):
+            self.metrics.strategies.labels(strategy.spec.name).inc()
+            work = plain.run(self.cluster, call, found[0], True, entry, found[1])
+            await self._serve(call, label, 1, work, entry)
+            return
         work = reasoning.run(self.cluster, call, job, strategy, request.stream, entry)
         await self._serve(call, label, strategy.slots, work, entry)
 

@@ -65,19 +65,19 @@ class GroupUsage:
     Attributes:
         prompt_tokens: tokens of the shared prompt, once.
         cached_tokens: of these, found in a cache.
-        continued_tokens: of these, the beginning that an earlier group of the request has told already: the
-            prompt and the tokens of the sample that this group goes on from.
         completion_tokens: every generated token, also of stopped and failed samples.
         kv: one record a decode worker, keyed by its name.
         prefill: name of the prefill worker, empty for path ``local``.
+        continued_tokens: of the prompt's, the beginning that an earlier group of the request has told of: the
+            prompt and the tokens of the sample that this group goes on from.
     """
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
-    continued_tokens: int = 0
     completion_tokens: int = 0
     kv: dict[str, KvRecord] = field(default_factory=dict)
     prefill: str = ""
+    continued_tokens: int = 0
 
 
 def as_one(usages: Sequence[GroupUsage]) -> GroupUsage:
@@ -93,10 +93,10 @@ def as_one(usages: Sequence[GroupUsage]) -> GroupUsage:
     return GroupUsage(
         first.prompt_tokens,
         first.cached_tokens,
-        first.continued_tokens,
         sum(usage.completion_tokens for usage in usages),
         {worker: merge(of_one) for worker, of_one in records.items()},
         ",".join(dict.fromkeys(usage.prefill for usage in usages if usage.prefill)),
+        first.continued_tokens,
     )
 
 

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from braid.errors import BadRequest, DeadlineExceeded, UpstreamFailed
 from braid.services import NAME
@@ -21,9 +21,26 @@ from router.verifiers import prompts
 CONTEXT = "Documents that may help to answer the question:\n\n{documents}\n\nQuestion:\n"
 
 
+def _n_of_then(schema: dict[str, Any]) -> None:
+    """Say in the JSON schema that ``n`` is what ``then`` takes."""
+    rules = schema["allOf"] = list[dict[str, Any]]()
+    for name in strategies.names():
+        n = {} if name == "retrieval" else strategies.get(name).options.model_json_schema()["properties"]["n"]
+        bounds = {key: n[key] for key in ("minimum", "maximum") if key in n}
+        if bounds and bounds != {"minimum": 1, "maximum": 1024}:
+            chosen: dict[str, Any] = {"properties": {"then": {"const": name}}}
+            if name != schema["properties"]["then"]["default"]:
+                chosen["required"] = ["then"]
+            rules.append({"if": chosen, "then": {"properties": {"n": bounds}}})
+
+
 class RetrievalOptions(ManyOptions):
     """Options of ``retrieval``; those of all strategies hold for ``then`` too."""
 
+    model_config = ConfigDict(json_schema_extra=_n_of_then)
+
+    n: int = Field(1, ge=1, le=1024)
+    """Samples, as many as `then` takes; by default as many as that draws by itself."""
     retriever: str | None = Field(None, pattern=NAME)
     """A retriever of the router by its name; may be left out where there is only one."""
     k: int = Field(4, ge=1, le=64)
