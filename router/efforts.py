@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -23,6 +22,7 @@ Level = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 LEVELS: tuple[str, ...] = get_args(Level)
 """OpenAI's words, the least effort first."""
 DEFAULT: Level = "medium"
+_SHIPPED = Path(__file__).with_name("efforts.json")
 _OPENAI = frozenset({"effort", "summary", "generate_summary", "context", "mode"})
 """Fields of OpenAI's own ``reasoning`` object."""
 
@@ -124,7 +124,7 @@ def load(path: Path | None) -> Table:
         ValueError: it can't be read.
     """
     if path is None:
-        return read(files("router").joinpath("efforts.json").read_bytes())
+        return read(_SHIPPED.read_bytes())
     try:
         return read(path.read_bytes())
     except (OSError, ValueError) as error:
