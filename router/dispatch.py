@@ -46,7 +46,7 @@ class Job:
         keep: have the decode workers keep the samples' KV (mode ``samples``).
         home: name of the decode worker that has the prompt already; used if it is ready.
         after: what ``home`` knows the sample by that the body goes on from.
-        watch: have the decode workers measure the samples' confidence (mode ``samples``).
+        watch: what the decode workers measure of the samples (mode ``samples``).
         trace: span that those of the dispatches are below.
         group: id of the request's group, for the workers' logs.
     """
@@ -65,7 +65,7 @@ class Job:
     keep: bool = False
     home: str = ""
     after: str = ""
-    watch: wire.Watch | None = None
+    watch: wire.Watch | wire.Verdict | None = None
     trace: Trace = OFF
     group: str = ""
 
