@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 from rich.console import Console
@@ -49,13 +50,15 @@ def front(measured: Sequence[Row], gain: float) -> list[Row]:
 
 
 def levels(kept: Sequence[Row]) -> dict[Level, str]:
-    """The row of each level: the dearest one within the level's tokens, which rise by equal factors from the
-    cheapest row's (``none``) to the dearest's (``max``)."""
-    low, high = max(kept[0].tokens, 1e-9), max(kept[-1].tokens, 1e-9)
+    """The row of each level: the one whose tokens are nearest, by their ratio, to the level's. These rise by
+    equal factors from the cheapest row's (``none``) to the dearest's (``max``)."""
+    tokens = [max(row.tokens, 1.0) for row in kept]
+    step = math.log(tokens[-1] / tokens[0]) / (len(LEVELS) - 1)
     found: dict[Level, str] = {}
-    for place, level in enumerate(LEVELS):
-        budget = low * (high / low) ** (place / (len(LEVELS) - 1))
-        found[level] = [row for row in kept if row is kept[0] or row.tokens <= budget * (1 + 1e-9)][-1].name  # type: ignore[index]
+    for place, level in enumerate(get_args(Level)):
+        wanted = math.log(tokens[0]) + place * step
+        away = [round(abs(math.log(one) - wanted), 9) for one in tokens]
+        found[level] = kept[away.index(min(away))].name
     return found
 
 

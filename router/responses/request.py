@@ -62,7 +62,7 @@ def translate(body: Json) -> tuple[Json, Asked]:
             raise BadRequest(f"{field} is not supported: {why}.", param=field)
     if unknown := sorted(body.keys() - _SAME - _HINTS - _OWN - _WITHOUT.keys()):
         raise BadRequest("The Responses API here has no such field.", param=unknown[0][:100])
-    chat: Json = {key: body[key] for key in _SAME & body.keys() if body[key] is not None}
+    chat: Json = {key: body[key] for key in _SAME & body.keys() if body[key] not in (None, {})}
     chat["messages"] = messages(body.get("instructions"), body.get("input"))
     if (limit := body.get("max_output_tokens")) is not None:
         chat["max_completion_tokens"] = limit

@@ -82,6 +82,7 @@ async def test_a_response_by_the_official_client(stand: Stand) -> None:
         input="hi",
         max_output_tokens=9,
         metadata={"a": "b"},
+        reasoning={},
         store=False,
     )
     assert (reply.output_text, reply.status, reply.model) == ("Hello.", "completed", "demo")
