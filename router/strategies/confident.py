@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
 from router.strategies.ballots import votes_of
 from router.strategies.collect import Run
 from router.strategies.confidence import Measure, confidences, percentile, trace_confidence
 from router.strategies.scored import Scored, finite
-from router.strategies.voting import Votes
+from router.strategies.voting import Votes, confidence
 
 
 class JudgeOptions(Protocol):
@@ -57,12 +58,15 @@ class Judge:
         """Of the samples that reach the threshold; of all where none of these has an answer."""
         least = self.threshold(run)
         passed = [one for one in run.finished if self.of(one) >= least]
-        most = max((self.of(one) for one in run.finished), default=0.0)
-        votes = [
-            votes_of(among, lambda one: self.of(one) / most if most else 1.0)
-            for among in (passed, run.finished)
-        ]
-        return votes[0] or votes[1]
+        return self._weighted(passed) or self._weighted(run.finished)
+
+    def consensus(self, run: Run) -> float:
+        """The winner's share of the confidence of all samples that have finished with an answer."""
+        return confidence(self._weighted(run.finished)) or 0.0
+
+    def _weighted(self, among: Sequence[Scored]) -> list[Votes]:
+        most = max((self.of(one) for one in among), default=0.0)
+        return votes_of(among, lambda one: self.of(one) / most if most else 1.0)
 
     def report(self, run: Run) -> dict[str, Any]:
         least, ended = self.threshold(run), [one for one in run.in_order() if one.sample.state != "failed"]

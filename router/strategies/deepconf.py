@@ -16,7 +16,6 @@ from router.strategies.confidence import MAX_TOP, Measure, as_asked, with_top
 from router.strategies.confident import Judge
 from router.strategies.options import ManyOptions
 from router.strategies.prompt import sampled
-from router.strategies.voting import confidence
 
 
 class DeepconfOptions(ManyOptions):
@@ -39,7 +38,8 @@ class DeepconfOptions(ManyOptions):
     top: int = Field(MAX_TOP, ge=1, le=MAX_TOP)
     """Log-probabilities of a position that make up a token's confidence (k)."""
     tau: float = Field(0.95, gt=0, le=1)
-    """Stopping level: the winner's share of the confidence of all votes."""
+    """Stopping level: the winner's share of the confidence of all samples with an answer, also of those
+    under the threshold: the few over it may well agree by chance."""
 
     @property
     def slots(self) -> int:
@@ -51,7 +51,7 @@ async def run(
     sampler: Sampler, body: Mapping[str, Any], options: DeepconfOptions, progress: Progress
 ) -> Answer:
     """Votes weighted by confidence, of the samples over a percentile of the warm-up's confidence; waves are
-    drawn until the winner has ``tau`` of the weight.
+    drawn until one answer has ``tau`` of the confidence of all samples.
 
     Fu et al. 2025, "Deep Think with Confidence" (arXiv 2508.15260): C_t = -(1/k) sum of the k largest log
     P_t(j), a group's confidence C_G is the mean over W tokens. With ``measure`` ``lowest_group`` the decode
@@ -66,8 +66,7 @@ async def run(
         watch = Watch(options.window, options.top, least) if online else None
         size = options.wave if run.drawn else options.warmup if options.early_stop else options.n
         await run.draw(prompt, min(size, run.n - run.drawn), watch=watch)
-        sure = confidence(judge.votes(run)) or 0.0
-        if options.early_stop and sure >= options.tau and run.drawn < run.n:
+        if options.early_stop and judge.consensus(run) >= options.tau and run.drawn < run.n:
             run.stopped = run.stopped or "agreed"
     run.fail_unless_finished()
     answer = await conclude_vote("deepconf", run, judge.votes(run), **judge.report(run))
