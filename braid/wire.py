@@ -38,7 +38,7 @@ import msgspec
 
 _T = TypeVar("_T")
 
-PROTOCOL = 3
+PROTOCOL = 4
 MAX_FRAME = 64 * 1024 * 1024
 """Upper bound of one frame in bytes."""
 
@@ -279,6 +279,10 @@ class Decode(_Msg, frozen=True, tag="decode"):
     after: str = ""
     watch: Watch | None = None
     """In mode ``samples``: how the samples' confidence is measured, and which are ended for it."""
+    group: bool = False
+    """Of a request that runs several samples at a time: they take the seats of groups."""
+    priority: int = 0
+    """Lower is earlier, in taking seats and where the engine schedules by priority."""
 
 
 class Lost(_Msg, frozen=True, tag="lost"):

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import contextvars
 import copy
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from braid import wire
 from braid.proof import merge
 from braid.worker.prompt import shareable
+from braid.worker.seats import DispatchFlow, Seat, Seats
 from braid.worker.source import Source
 from decode_server import beams
 from decode_server.confidence import Confidence
@@ -35,6 +36,7 @@ class Job:
 
     Attributes:
         first: number of the share's first sample in the group.
+        seats, flow: where its samples take their seats, and as whose.
         on_sample: set in mode ``samples``: every sample is reported when it ends.
         keep: set if samples are to be kept: what their names begin with (``{keep}-{number}``).
         after: name of the kept sample that the body goes on from; empty if none.
@@ -50,7 +52,9 @@ class Job:
     source: Source
     prefixes: Prefixes
     kept: KeptSamples
-    first: int = 0
+    first: int
+    seats: Seats
+    flow: DispatchFlow
     on_sample: Ended | None = None
     keep: str = ""
     after: str = ""
@@ -64,6 +68,25 @@ class Job:
     beams: set[str] | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    _taken: dict[int, Seat] = field(default_factory=dict)
+
+    async def seat(self, number: int) -> bool:
+        """Wait for a sample's seat; False if nobody wants the sample any more. Pairs with
+        :meth:`stand_up`, also where it is cancelled."""
+        if number in self.cancelled:
+            return False
+        return await self.seats.sit(self.flow, lambda seat: self._taken.update({number: seat}))
+
+    def stand_up(self, number: int, tokens: int) -> None:
+        """End a sample that generated ``tokens``, with or without a seat. Idempotent."""
+        if (seat := self._taken.pop(number, None)) is not None:
+            self.seats.leave(seat, tokens)
+
+    def give_up(self, numbers: Iterable[int]) -> None:
+        """End the wait of samples that have no seat yet."""
+        for number in numbers:
+            if (seat := self._taken.get(number)) is not None and seat.entry is not None:
+                self.seats.leave(seat)
 
     def name_of(self, number: int) -> str:
         """What a sample is kept as; empty if it is not."""
@@ -181,6 +204,7 @@ class _Samples:
         self._request_id = request_id
         self._options = options
         self._base = job.first + part * params.n
+        job.flow.most = params.max_tokens
         self._queue: asyncio.Queue[RequestOutput | BaseException | None] = asyncio.Queue()
 
     async def outputs(self) -> AsyncGenerator[RequestOutput, None]:
@@ -215,9 +239,10 @@ class _Samples:
         number, last, error = self._base + i, None, ""
         job = self._job
         job.generated[number] = 0
-        engine_id = job.samples[number] = f"{self._request_id}-{number}"
+        engine_id = f"{self._request_id}-{number}"
         try:
-            if number not in job.cancelled:
+            if await job.seat(number):
+                job.samples[number] = engine_id
                 stream = self._llm.plain(self._prompt, self._child_params(i), engine_id, **self._options)
                 watched = self._job.watch and Confidence(self._job.watch)
                 async for output in stream:
@@ -237,7 +262,8 @@ class _Samples:
             error = f"{type(failure).__name__}: {failure}"
             self._queue.put_nowait(failure if job.on_sample is None else None)
         finally:
-            del job.samples[number]
+            job.samples.pop(number, None)
+            job.stand_up(number, job.generated[number])
             self._keep(number, last)
             if job.on_sample is not None:
                 job.on_sample(number, last, error)

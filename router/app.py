@@ -7,6 +7,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
 from typing import Any
 
 from braid.errors import (
@@ -42,6 +43,16 @@ _OPEN = ("/health", "/ready")
 _TARGETS: dict[Endpoint, str] = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 
 
+@dataclass(frozen=True, slots=True)
+class _Claim:
+    """What a request asks of admission; as :meth:`router.admission.Admission.slots` takes it."""
+
+    slots: int
+    tenant: str
+    priority: int = 0
+    until: float | None = None
+
+
 class App:
     """Owns the parts of a router. :meth:`start` before the first request, :meth:`stop` after the last."""
 
@@ -63,7 +74,11 @@ class App:
             self.retrievers,
         )
         self.admission = Admission(
-            settings.max_inflight, settings.queue_limit, settings.queue_timeout_s, self.metrics
+            settings.max_inflight,
+            settings.queue_limit,
+            settings.queue_timeout_s,
+            self.metrics,
+            settings.group_share,
         )
         self._keys = Keys(settings.api_keys_file)
         self.tracer = make_tracer(settings)
@@ -153,6 +168,7 @@ class App:
         plan = reasoning.split(body, self.registry.models())
         request = validate(endpoint, body, self.settings.max_n)
         model = self.cluster.served_model(request.model)
+        priority = body.pop("priority", None) or 0  # vLLM refuses one unless it schedules by it
         if tenant:
             body["cache_salt"] = _salt(tenant, body.get("cache_salt"))
         job = Job(
@@ -165,18 +181,21 @@ class App:
             prompts=request.prompts,
             headers=call.headers_for_workers(),
             local=self._local(request),
+            group=(request.n or 1) * request.prompts > 1,
+            priority=priority,
             trace=call.trace,
         )
         call.trace.note(model=model, operation="chat" if endpoint == "chat" else "text_completion")
         if plan is None:
             call.trace.note(n=job.n)
             work = plain.run(self.cluster, call, job, request.stream)
-            await self._serve(call, endpoint, job.n * job.prompts, work)
+            await self._serve(call, endpoint, _Claim(job.n * job.prompts, tenant, priority), work)
             return
         strategy = reasoning.prepare(plan, request, self.settings)
         call.trace.note(strategy=strategy.spec.name, n=strategy.options.n)
+        until = reasoning.due(call, strategy)
         work = reasoning.run(self.cluster, call, job, strategy, request.stream)
-        await self._serve(call, endpoint, strategy.slots, work)
+        await self._serve(call, endpoint, _Claim(strategy.slots, tenant, priority, until), work)
 
     async def _passthrough(self, call: Call, tenant: str) -> None:
         body = await self._body(call)
@@ -193,7 +212,8 @@ class App:
             local="no_prompt",
             trace=call.trace,
         )
-        await self._serve(call, call.path.strip("/"), 1, plain.passthrough(self.cluster, call, job))
+        work = plain.passthrough(self.cluster, call, job)
+        await self._serve(call, call.path.strip("/"), _Claim(1, tenant), work)
 
     async def _body(self, call: Call) -> dict[str, Any]:
         return parse_body(await call.read_body())
@@ -203,9 +223,9 @@ class App:
             return "unshareable"
         return "short" if request.chars < self.settings.remote_min_chars else ""
 
-    async def _serve(self, call: Call, endpoint: str, slots: int, work: Coroutine[Any, Any, None]) -> None:
+    async def _serve(self, call: Call, endpoint: str, claim: _Claim, work: Coroutine[Any, Any, None]) -> None:
         """Admit, run and count a request; it ends exactly once, whatever happens."""
-        task = asyncio.create_task(call.while_connected(self._admitted(call, endpoint, slots, work)))
+        task = asyncio.create_task(call.while_connected(self._admitted(call, endpoint, claim, work)))
         self._running.add(task)
         try:
             await task
@@ -217,8 +237,13 @@ class App:
             self._running.discard(task)
             work.close()
 
-    async def _admitted(self, call: Call, endpoint: str, slots: int, work: Coroutine[Any, Any, None]) -> None:
-        async with self.admission.slots(slots):
+    async def _admitted(
+        self, call: Call, endpoint: str, claim: _Claim, work: Coroutine[Any, Any, None]
+    ) -> None:
+        turn = self.admission.slots(
+            claim.slots, tenant=claim.tenant, priority=claim.priority, until=claim.until
+        )
+        async with turn:
             self.metrics.accepted.labels(endpoint).inc()
             outcome = "failed"
             try:

@@ -11,6 +11,7 @@ import pytest
 
 from braid import wire
 from decode_server.kept import KeptSamples
+from tests.decode_server.fake_engine import open_seats
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # importing vLLM can take minutes on a busy machine
 
@@ -76,7 +77,7 @@ class Run:
         self.reports: list[tuple[int, Any, str]] = []
         self.released: list[str] = []
         self.kept = KeptSamples(100, BLOCK, self.released.append)
-        self.job = Job(Source(None, ""), SimpleNamespace(), self.kept, first)  # type: ignore[arg-type]
+        self.job = Job(Source(None, ""), SimpleNamespace(), self.kept, first, *open_seats())  # type: ignore[arg-type]
         if report:
             self.job.on_sample = lambda *what: self.reports.append(what)
         self.held = Held("i0", wire.KvRecord("remote", blocks_cached=1), cached=BLOCK)
@@ -270,7 +271,7 @@ def generate() -> Callable[..., Any]:
 
     def make(llm: Any, prefixes: FakePrefixes, prompts: int = 1, **params: Any) -> list[Any]:
         kept = KeptSamples(100, BLOCK, lambda name: None)
-        JOB.set(Job(Source(None, ""), prefixes, kept))  # type: ignore[arg-type]
+        JOB.set(Job(Source(None, ""), prefixes, kept, 0, *open_seats()))  # type: ignore[arg-type]
         llm._acquire = lambda *args: DecodeLLM._acquire(llm, *args)
         fields = {"n": 2, "output_kind": RequestOutputKind.DELTA, **params}
         return [
@@ -320,7 +321,10 @@ async def test_a_prompt_that_goes_on_is_written_with_the_samples_own_tokens(
     kept = KeptSamples(100, BLOCK, lambda name: None)
     if there:
         kept.add("g-3", [ord("x"), 1])
-    JOB.set(Job(Source(None, "continued"), Computed(), kept, after="g-3"))  # type: ignore[arg-type]
+    JOB.set(Job(Source(None, "continued"), Computed(), kept, 0, *open_seats()))  # type: ignore[arg-type]
+    job = JOB.get()
+    assert job is not None
+    job.after = "g-3"
     rendered = {"type": "token", "prompt_token_ids": [ord(c) for c in "xaby"]}
     outputs = DecodeLLM.generate(llm, rendered, SamplingParams(n=1), "r")
     async for _ in outputs:
