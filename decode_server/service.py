@@ -26,6 +26,7 @@ from decode_server.kept import KeptSamples
 from decode_server.llm import JOB, Job
 from decode_server.metrics import show_seats
 from decode_server.prefix import Prefixes
+from decode_server.room import divide, longest_sequence
 
 log = logging.getLogger("braid.decode")
 
@@ -50,9 +51,11 @@ class DecodeService:
     def __init__(self, engine: Engine, send: Send, settings: DecodeSettings) -> None:
         self._engine = engine
         self._send = send
-        self._prefixes = Prefixes(engine, settings.max_load_share, settings.load_timeout_s)
-        kept = int(engine.blocks * settings.max_kept_share)
-        self._kept = KeptSamples(kept, engine.block_size, self._prefixes.let_go)
+        longest = longest_sequence(engine.groups, engine.max_model_len, engine.chunk)
+        room = divide(engine.blocks, longest, settings.max_load_share, settings.max_kept_share)
+        log.info("cache_room", extra={"blocks": engine.blocks, "imports": room.imports, "kept": room.kept})
+        self._prefixes = Prefixes(engine, room.imports, settings.load_timeout_s)
+        self._kept = KeptSamples(room.kept, engine.block_size, self._prefixes.let_go)
         self._running: dict[int, _Dispatch] = {}
         self._counters = Counters(engine)
         self.seats = Seats(engine.slots, settings.width_of(engine.slots), settings.calm_s)

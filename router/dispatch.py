@@ -141,6 +141,7 @@ class Fanout:
     _watched: set[Worker] = field(default_factory=set)
     _ticket_id: bytes = field(default_factory=lambda: secrets.token_bytes(16))
     _redrawn: set[int] = field(default_factory=set)
+    _ends_at: float = float("inf")
     _prefill_retried: bool = False
     _closed: bool = False
 
@@ -209,6 +210,10 @@ class Fanout:
         any. Both copies report; a sample is drawn at most twice."""
         for share in list(self.shares):
             self._redraw(share, [i for i in share.left if i in indices], "straggler")
+
+    def end_within(self, seconds: float) -> None:
+        """Wait no longer than this for what the shares that still run have to say (mode ``samples``)."""
+        self._ends_at = min(self._ends_at, asyncio.get_running_loop().time() + seconds)
 
     def copies(self, index: int) -> int:
         """How many shares are still to report this sample."""
@@ -467,7 +472,7 @@ class Fanout:
     # Time
 
     def _next_timer(self) -> float:
-        timers = [self.job.deadline if self.job.cut_at is None else min(self.job.deadline, self.job.cut_at)]
+        timers = [self.job.deadline, self._ends_at, self.job.cut_at or float("inf")]
         timers += [p.deadline for p in self.producers if not p.done and not p.failed]
         if self.job.mode == "http":
             silence = self.cluster.settings.inter_token_timeout_s
@@ -475,7 +480,7 @@ class Fanout:
         return min(timers)
 
     def _on_time(self, now: float) -> list[tuple[Share, FromShare]]:
-        if self.job.cut_at is not None and now >= self.job.cut_at:
+        if now >= min(self._ends_at, self.job.cut_at or float("inf")):
             return [self._fail(share, _cut()) for share in self.shares if not share.ended]
         if now >= self.job.deadline:
             raise DeadlineExceeded("The deadline of this request has passed.")

@@ -25,6 +25,9 @@ log = logging.getLogger("braid.router.groups")
 CLOSE_S = 5.0
 """Longest wait for the samples of a closed group to end."""
 
+COPY_S = 0.25
+"""Longest wait for what the copies of redrawn samples have cost, once every sample has ended."""
+
 _STATES: dict[str, State] = {"finished": "finished", "cancelled": "stopped_early", "failed": "failed"}
 _BY_STATUS: dict[int, type[BraidError]] = {
     kind.status: kind
@@ -202,6 +205,8 @@ class WorkerGroup:
                 return []  # its other copy may yet finish
             self.fanout.cancel((message.index,))
         self._outstanding.discard(message.index)
+        if self.fanout.redrawn and not self._outstanding:
+            self.fanout.end_within(COPY_S)
         self._produced = self._produced or message.state != "failed"
         ready, self._held = (
             [*self._held, _sample(message, share.worker.name, self.fanout.kept(message.index))],

@@ -60,6 +60,8 @@ class FakeEngine:
         self.groups = (Blocking(BLOCK_SIZE), *(Blocking(BLOCK_SIZE, window) for window in windows))
         self.ranks = ranks
         self.slots = 8
+        self.max_model_len = 16 * BLOCK_SIZE
+        self.chunk = 4 * BLOCK_SIZE
         self.kv_heads = kv_heads
         self.journal: list[str] = []
         self.control = FakeControl(self.journal)
