@@ -144,6 +144,58 @@ async def test_deltas_come_as_they_are_made_under_their_index() -> None:
     assert run.job.generated == {0: 1, 1: 1}
 
 
+async def test_a_sample_begins_when_it_has_a_seat_and_leaves_it_when_it_ends() -> None:
+    gates = [asyncio.Event() for _ in range(3)]
+    llm = ScriptedLLM({f"r-{i}": [gate, 5] for i, gate in enumerate(gates)})
+    run = Run(llm, 3, final=True, report=True)
+    seats = run.job.seats
+    seats.capacity = 1
+    task = asyncio.create_task(run.outputs())
+    for begun in range(3):
+        while len(llm.asked) <= begun:
+            await asyncio.sleep(0)
+        assert (sorted(llm.asked), seats.waiting) == ([f"r-{i}" for i in range(begun + 1)], 2 - begun)
+        gates[begun].set()
+    await task
+    seats.check_integrity(idle=True)
+    assert run.job.flow.tokens == 3
+
+
+async def test_a_sample_that_is_cancelled_before_its_seat_never_enters_the_engine() -> None:
+    gate = asyncio.Event()
+    llm = ScriptedLLM({"r-0": [gate, 5]})
+    run = Run(llm, 3, final=True, report=True)
+    run.job.seats.capacity = 1
+    task = asyncio.create_task(run.outputs())
+    while not llm.asked:
+        await asyncio.sleep(0)
+    run.job.cancelled.update((1, 2))
+    run.job.give_up((0, 1, 2))
+    gate.set()
+    await task
+    assert list(llm.asked) == ["r-0"]
+    assert sorted((number, last is None, error) for number, last, error in run.reports) == [
+        (0, False, ""),
+        (1, True, ""),
+        (2, True, ""),
+    ]
+    run.job.seats.check_integrity(idle=True)
+
+
+async def test_a_request_that_is_cancelled_leaves_no_seat_behind() -> None:
+    llm = ScriptedLLM({"r-0": [asyncio.Event()]})
+    run = Run(llm, 3, final=True)
+    run.job.seats.capacity = 1
+    task = asyncio.create_task(run.outputs())
+    while not llm.asked:
+        await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert list(llm.asked) == ["r-0"]
+    run.job.seats.check_integrity(idle=True)
+
+
 async def test_each_sample_is_a_request_of_its_own() -> None:
     from decode_server.seeds import sample_seed
     from kvtransfer.adapter.options import PARAM
