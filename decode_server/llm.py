@@ -47,6 +47,7 @@ class Job:
         watch: how the samples' confidence is measured, None if it is not.
         confidence: of samples that are watched, by their number.
         beams: engine request ids of the running steps of a beam search; None if it is none.
+        priority: the engine's own, 0 where it knows none.
     """
 
     source: Source
@@ -66,6 +67,7 @@ class Job:
     watch: wire.Watch | None = None
     confidence: dict[int, float] = field(default_factory=dict)
     beams: set[str] | None = None
+    priority: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     _taken: dict[int, Seat] = field(default_factory=dict)
@@ -202,7 +204,7 @@ class _Samples:
         self._prompt = prompt
         self._params = params
         self._request_id = request_id
-        self._options = options
+        self._options = {**options, "priority": job.priority} if job.priority else options
         self._base = job.first + part * params.n
         job.flow.most = params.max_tokens
         self._queue: asyncio.Queue[RequestOutput | BaseException | None] = asyncio.Queue()

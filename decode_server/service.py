@@ -70,6 +70,7 @@ class DecodeService:
         job = Job(source, self._prefixes, self._kept, message.first, self.seats, flow)
         job.keep = message.request_id if message.keep and message.mode == "samples" else ""
         job.after = message.after
+        job.priority = message.priority if self._engine.by_priority else 0
         job.watch = message.watch if message.mode == "samples" else None
         job.beams = set() if beams.searches(message.body) else None
         dispatch = self._running[message.ref] = _Dispatch(message, job)

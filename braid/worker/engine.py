@@ -84,6 +84,11 @@ class Engine:
         """Most tokens of a scheduling step."""
         return int(self.llm.vllm_config.scheduler_config.max_num_batched_tokens)
 
+    @property
+    def by_priority(self) -> bool:
+        """Whether its scheduler orders requests by priority; else it refuses one other than 0."""
+        return str(self.llm.vllm_config.scheduler_config.policy) == "priority"
+
     async def call(self, method: str, *args: Any) -> Any:
         """A utility call on the EngineCore's thread."""
         return await self.llm.engine_core.call_utility_async(method, *args)

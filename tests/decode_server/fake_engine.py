@@ -60,6 +60,7 @@ class FakeEngine:
         self.groups = (Blocking(BLOCK_SIZE), *(Blocking(BLOCK_SIZE, window) for window in windows))
         self.ranks = ranks
         self.slots = 8
+        self.by_priority = False
         self.max_model_len = 16 * BLOCK_SIZE
         self.chunk = 4 * BLOCK_SIZE
         self.kv_heads = kv_heads
