@@ -36,6 +36,7 @@ class Ask(msgspec.Struct, frozen=True):
     n: int
     deadline_s: float
     question: str
+    to_the_end: bool
 
 
 class Outcome(msgspec.Struct):
@@ -59,17 +60,18 @@ def plan(groups: int, rate: float, seed: int) -> list[Ask]:
         at += rng.expovariate(rate)
         deadline = 0.2 * 25.0 ** rng.random()
         question = make_problem("test", seed, number).question
-        found.append(Ask(at, rng.choice((4, 16, 64)), round(deadline, 3), question))
+        found.append(Ask(at, rng.choice((4, 16, 64)), round(deadline, 3), question, rng.random() < 0.5))
     return found
 
 
 def body(ask: Ask, model: str, tokens: int) -> dict[str, Any]:
-    """Its request: every sample goes on to ``tokens`` tokens, so that most deadlines cut it."""
+    """Its request. Samples of every other group go on to ``tokens`` tokens: nearly all end together, or
+    none before the deadline; of the rest some end in time."""
     return {
         "model": model,
         "messages": [{"role": "user", "content": ask.question}],
         "max_tokens": tokens,
-        "ignore_eos": True,
+        "ignore_eos": ask.to_the_end,
         "reasoning": {
             "strategy": "self_consistency",
             "n": ask.n,
