@@ -95,11 +95,15 @@ class Share:
     told: set[int] = field(default_factory=set)
     span: Trace = OFF
 
+    def owes(self, number: int) -> bool:
+        """Whether it is still to report this sample."""
+        mine = self.first <= number < self.first + self.n and (self.only is None or number in self.only)
+        return mine and not self.ended and number not in self.told
+
     @property
     def left(self) -> list[int]:
-        """Numbers that it is still to report, in order; none once it has ended."""
-        numbers = () if self.ended else range(self.first, self.first + self.n)
-        return [i for i in numbers if i not in self.told and (self.only is None or i in self.only)]
+        """Numbers that it is still to report, in order."""
+        return [i for i in range(self.first, self.first + self.n) if self.owes(i)]
 
 
 @dataclass(slots=True, eq=False)
@@ -217,7 +221,7 @@ class Fanout:
 
     def copies(self, index: int) -> int:
         """How many shares are still to report this sample."""
-        return sum(index in share.left for share in self.shares)
+        return sum(share.owes(index) for share in self.shares)
 
     def close(self) -> None:
         """Cancel whatever still runs, at once, and stop listening. Idempotent."""
@@ -341,7 +345,7 @@ class Fanout:
         share.begun = True
         share.span.heard(message)
         if isinstance(message, wire.Sample):
-            wanted = message.index in share.left
+            wanted = share.owes(message.index)
             share.told.add(message.index)
             return [(share, message)] if wanted else []
         if message.kv is not None:
@@ -465,9 +469,9 @@ class Fanout:
         if plan.prefill is not None:
             self._send_prefill(plan.prefill, [again])
         self._send_decode(again)
-        others_of_range = tuple(i for i in range(again.first, again.first + n) if i not in again.left)
-        if others_of_range and again.dispatch is not None:
-            self.cluster.link.send(again.worker, wire.Cancel(again.dispatch.ref, others_of_range))
+        between = tuple(i for i in range(again.first, again.first + n) if not again.owes(i))
+        if between and again.dispatch is not None:
+            self.cluster.link.send(again.worker, wire.Cancel(again.dispatch.ref, between))
 
     # Time
 

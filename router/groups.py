@@ -197,9 +197,9 @@ class WorkerGroup:
             yield sample
 
     def _on_sample(self, share: Share, message: wire.Sample) -> list[Sample]:
+        self._tokens[share] = self._tokens.get(share, 0) + message.tokens
         if message.index not in self._outstanding:
             return []
-        self._tokens[share] = self._tokens.get(share, 0) + message.tokens
         if self.fanout.copies(message.index):
             if message.state != "finished":
                 return []  # its other copy may yet finish
