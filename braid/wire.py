@@ -76,7 +76,7 @@ class Ticket(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defau
     block_size: int = 0
 
 
-class Watch(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defaults=True):
+class Watch(msgspec.Struct, tag="watch", forbid_unknown_fields=True, frozen=True, omit_defaults=True):
     """The confidence of samples as they grow (DeepConf, Fu et al. 2025, arXiv 2508.15260).
 
     A token's confidence is minus the mean of its ``top`` largest log-probabilities; a group's is the mean
@@ -87,6 +87,15 @@ class Watch(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defaul
     window: int
     top: int
     least: float | None = None
+
+
+class Verdict(msgspec.Struct, tag="verdict", forbid_unknown_fields=True, frozen=True):
+    """The verdict of samples that verify: the probability of a ``yes`` in its place, where ``top`` candidates
+    are looked at (:func:`braid.verdict.p_yes`)."""
+
+    yes: tuple[str, ...]
+    no: tuple[str, ...]
+    top: int
 
 
 class KvRecord(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defaults=True):
@@ -197,8 +206,8 @@ class Sample(_Msg, frozen=True, tag="sample"):
 
     ``index`` is the sample's number in the whole group. ``choice`` is the JSON of the OpenAI choice as
     vLLM's OpenAI layer made it. ``logprob`` is the sum of the sampled tokens' log-probabilities
-    (natural log) and ``tokens`` their count. ``state``: finished | cancelled | failed. ``confidence``: the
-    lowest of a group of its tokens, of one that is watched."""
+    (natural log) and ``tokens`` their count. ``state``: finished | cancelled | failed. ``confidence``: what
+    the dispatch's ``watch`` measures: the lowest of a group of its tokens, or the probability of a yes."""
 
     ref: int
     index: int
@@ -277,8 +286,8 @@ class Decode(_Msg, frozen=True, tag="decode"):
     """Why there is no ticket (metric label), when there is none."""
     keep: bool = False
     after: str = ""
-    watch: Watch | None = None
-    """In mode ``samples``: how the samples' confidence is measured, and which are ended for it."""
+    watch: Watch | Verdict | None = None
+    """In mode ``samples``: what is measured of the samples, and which are ended for it."""
     group: bool = False
     """Of a request that runs several samples at a time: they take the seats of groups."""
     priority: int = 0

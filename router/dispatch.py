@@ -46,7 +46,7 @@ class Job:
         keep: have the decode workers keep the samples' KV (mode ``samples``).
         home: name of the decode worker that has the prompt already; used if it is ready.
         after: what ``home`` knows the sample by that the body goes on from.
-        watch: have the decode workers measure the samples' confidence (mode ``samples``).
+        watch: what the decode workers measure of the samples (mode ``samples``).
         group: whether the request runs several samples at a time.
         priority: lower is earlier.
         cut_at: on the event loop's clock, when nobody waits for the samples any more (mode ``samples``): its
@@ -68,7 +68,7 @@ class Job:
     keep: bool = False
     home: str = ""
     after: str = ""
-    watch: wire.Watch | None = None
+    watch: wire.Watch | wire.Verdict | None = None
     group: bool = False
     priority: int = 0
     cut_at: float | None = None

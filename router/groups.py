@@ -58,7 +58,7 @@ class WorkerSampler:
         *,
         keep: bool = False,
         after: Sample | None = None,
-        watch: wire.Watch | None = None,
+        watch: wire.Watch | wire.Verdict | None = None,
     ) -> WorkerGroup:
         position = len(self.groups)
         request_id = f"{self._job.request_id}-{position}" if position else self._job.request_id

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from braid.proof import merge
-from braid.wire import KvRecord, Watch
+from braid.wire import KvRecord, Verdict, Watch
 
 if TYPE_CHECKING:
     from router.retrievers import Retriever
@@ -33,7 +33,7 @@ class Sample:
         logprob: sum of the sampled tokens' natural log-probabilities, None if unknown.
         choice: the OpenAI choice object as the engine's OpenAI layer made it.
         error: why it failed.
-        confidence: the lowest of a group of its tokens, of a group that is watched; also of one ended for it.
+        confidence: what is measured of the samples of a group that is watched, None if it could not be.
         worker: name of the decode worker that made it.
         kept: what that worker knows its KV by, empty if it was not asked to keep it.
     """
@@ -129,7 +129,7 @@ class Sampler(Protocol):
         *,
         keep: bool = False,
         after: Sample | None = None,
-        watch: Watch | None = None,
+        watch: Watch | Verdict | None = None,
     ) -> Group:
         """Open a group: ``n`` samples of the OpenAI chat or completion ``body`` (its ``n`` and
         ``stream`` are ignored), numbered from ``first``. Nothing runs before ``__aenter__``.
@@ -143,7 +143,7 @@ class Sampler(Protocol):
         not there any more the group is a group like any other.
 
         ``watch``: the workers measure the samples' confidence as they grow, and end those that fall below
-        its ``least``: their state is ``stopped_early``.
+        its ``least``: their state is ``stopped_early``. Or they find the verdict of samples that verify.
 
         Raises (from ``__aenter__`` or iteration): a :class:`braid.errors.BraidError` when no sample
         could be produced."""

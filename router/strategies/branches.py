@@ -10,7 +10,7 @@ from typing import Any
 
 from braid.errors import BraidError
 from braid.proof import merge
-from braid.wire import KvRecord, Watch
+from braid.wire import KvRecord, Verdict, Watch
 from router.sampler import Group, GroupUsage, Sample, Sampler
 
 _BRANCHES = "branches"
@@ -48,7 +48,7 @@ class Forking:
         *,
         keep: bool = False,
         after: Sample | None = None,
-        watch: Watch | None = None,
+        watch: Watch | Verdict | None = None,
     ) -> Group:
         """As :meth:`router.sampler.Sampler.group`; ``n`` of a fork is the sum of its branches'."""
         branches: tuple[Branch, ...] | None = body.get(_BRANCHES)

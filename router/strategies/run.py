@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 from braid.errors import BraidError, DeadlineExceeded, UpstreamFailed
-from braid.wire import Watch
+from braid.wire import Verdict, Watch
 from router.extract import search
 from router.sampler import Group, GroupUsage, Progress, Sample, Sampler, as_one
 from router.strategies.branches import Forking
@@ -91,7 +91,7 @@ class Run:
         *,
         keep: bool = False,
         after: Sample | None = None,
-        watch: Watch | None = None,
+        watch: Watch | Verdict | None = None,
     ) -> list[Scored]:
         """Draw ``n`` more samples of ``body``; returns those that finished, in submission order.
 
