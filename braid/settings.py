@@ -88,6 +88,15 @@ class _Table(TomlConfigSettingsSource):
         return table
 
 
+def _split(value: object) -> object:
+    """Names with commas between them, as a flag or variable gives them."""
+    return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+"""Names with commas between."""
+
+
 def is_loopback(endpoint: str) -> bool:
     """Whether a ZMQ endpoint or host cannot be reached from another machine."""
     address = endpoint.removeprefix("tcp://")
@@ -121,6 +130,13 @@ class RouterSettings(ProcessSettings):
     spread: Literal["pack", "spread"] = Field(
         "pack", description="samples of a group: on one decode worker, or over all that are ready"
     )
+    model_order: Names = Field(
+        (),
+        description="models from cheap to dear, with commas between: the default of strategies over several",
+    )
+    local_models: Names = Field(
+        (), description="models that have no prefill workers by design, with commas between"
+    )
     trigger: str = Field("Let's think step by step.", description="what `cot` appends to the prompt")
     verify_pairs: bool = Field(
         True, description="use a prefill/decode pair only after a real KV transfer between them"
@@ -142,11 +158,6 @@ class RouterSettings(ProcessSettings):
     def _curve(self) -> RouterSettings:
         _require_keys(self.keys_dir, self.link)
         return self
-
-
-def _split(value: object) -> object:
-    """Names with commas between them, as a flag or variable gives them."""
-    return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
 
 
 Transports = Annotated[

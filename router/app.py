@@ -18,7 +18,7 @@ from braid.errors import (
     Unavailable,
 )
 from braid.settings import RouterSettings
-from router import plain, reasoning, strategies
+from router import models, plain, reasoning, strategies
 from router.admission import Admission
 from router.auth import Keys
 from router.cluster import RETRY_AFTER_S, Cluster
@@ -173,7 +173,7 @@ class App:
             work = plain.run(self.cluster, call, job, request.stream)
             await self._serve(call, endpoint, job.n * job.prompts, work)
             return
-        strategy = reasoning.prepare(plan, request, self.settings)
+        strategy = reasoning.prepare(models.resolved(plan, self.cluster), request, self.settings)
         call.trace.note(strategy=strategy.spec.name, n=strategy.options.n)
         work = reasoning.run(self.cluster, call, job, strategy, request.stream)
         await self._serve(call, endpoint, strategy.slots, work)
@@ -258,6 +258,7 @@ class App:
                 "ready": self.pairs.ready(),
                 "epoch": self.link.epoch,
                 "models": self.registry.models(),
+                "models_ready": self.pairs.ready_models(),
                 "workers": self.registry.state(),
                 "pairs": self.pairs.state(),
                 "inflight": len(self.link.open_refs()),
@@ -282,7 +283,7 @@ class App:
         await call.respond_json({"object": "list", "data": data})
 
     async def _strategies(self, call: Call, tenant: str) -> None:
-        data = strategies.describe(trigger=self.settings.trigger)
+        data = strategies.describe(trigger=self.settings.trigger, models=list(self.settings.model_order))
         services = {"verifiers": self.verifiers.describe(), "retrievers": self.retrievers.describe()}
         await call.respond_json({"object": "list", "data": data, **services})
 
