@@ -89,8 +89,12 @@ class _Table(TomlConfigSettingsSource):
 
 
 def _split(value: object) -> object:
-    """Names with commas between them, as a flag or variable gives them."""
-    return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
+    """Names with commas between them, as a variable gives them or a flag, which may be repeated."""
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list) or not all(isinstance(part, str) for part in value):
+        return value
+    return [name.strip() for part in value for name in part.split(",") if name.strip()]
 
 
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
