@@ -131,8 +131,11 @@ class RouterSettings(ProcessSettings):
     remote_min_chars: int = Field(
         0, ge=0, description="prompts of fewer characters are computed on the decode worker"
     )
-    spread: Literal["pack", "spread"] = Field(
-        "pack", description="samples of a group: on one decode worker, or over all that are ready"
+    spread: Literal["pack", "spread", "auto"] = Field(
+        "pack", description="samples of a group: on one decode worker, over all, or by estimated end"
+    )
+    kv_bandwidth: float = Field(
+        1e9, gt=0, description="bytes a second that a prefill worker sends KV at, for spread `auto`"
     )
     model_order: Names = Field(
         (),

@@ -16,6 +16,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from braid import wire
 from braid.proof import merge
+from braid.worker.pace import Pace
 from braid.worker.prompt import shareable
 from braid.worker.source import Source
 from decode_server import beams
@@ -45,6 +46,7 @@ class Job:
         watch: how the samples' confidence is measured, None if it is not.
         confidence: of samples that are watched, by their number.
         beams: engine request ids of the running steps of a beam search; None if it is none.
+        pace: of the worker; its samples are measured by it.
     """
 
     source: Source
@@ -64,6 +66,7 @@ class Job:
     beams: set[str] | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    pace: Pace = field(default_factory=Pace)
 
     def name_of(self, number: int) -> str:
         """What a sample is kept as; empty if it is not."""
@@ -212,13 +215,14 @@ class _Samples:
 
         An aborted sample ends with an output too (finish reason ``abort``).
         """
-        number, last, error = self._base + i, None, ""
+        number, last, error, began = self._base + i, None, "", None
         job = self._job
         job.generated[number] = 0
         engine_id = job.samples[number] = f"{self._request_id}-{number}"
         try:
             if number not in job.cancelled:
                 stream = self._llm.plain(self._prompt, self._child_params(i), engine_id, **self._options)
+                began = job.pace.begin()
                 watched = self._job.watch and Confidence(self._job.watch)
                 async for output in stream:
                     self._account(output, number)
@@ -238,6 +242,8 @@ class _Samples:
             self._queue.put_nowait(failure if job.on_sample is None else None)
         finally:
             del job.samples[number]
+            if began is not None:
+                job.pace.end(began, job.generated[number])
             self._keep(number, last)
             if job.on_sample is not None:
                 job.on_sample(number, last, error)

@@ -17,6 +17,7 @@ from braid.settings import DecodeSettings
 from braid.worker.asgi import post
 from braid.worker.counters import Counters
 from braid.worker.engine import Engine
+from braid.worker.pace import Pace
 from braid.worker.source import Source
 from decode_server import beams
 from decode_server.choices import ChoiceMaker
@@ -52,6 +53,7 @@ class DecodeService:
         self._kept = KeptSamples(kept, engine.block_size, self._prefixes.let_go)
         self._running: dict[int, _Dispatch] = {}
         self._counters = Counters(engine)
+        self._pace = Pace()
 
     def start(self, message: wire.Prefill | wire.Decode) -> None:
         if isinstance(message, wire.Prefill) or message.ref in self._running:
@@ -61,6 +63,7 @@ class DecodeService:
         job.keep = message.request_id if message.keep and message.mode == "samples" else ""
         job.after = message.after
         job.watch = message.watch if message.mode == "samples" else None
+        job.pace = self._pace
         job.beams = set() if beams.searches(message.body) else None
         dispatch = self._running[message.ref] = _Dispatch(message, job)
         run = self._run_http
@@ -97,7 +100,7 @@ class DecodeService:
                 dispatch.task.cancel()
 
     def beat(self) -> wire.Beat:
-        return self._counters.beat()
+        return self._pace.tell(self._counters.beat())
 
     async def refresh(self) -> None:
         await self._counters.refresh()

@@ -23,6 +23,7 @@ from router.admission import Admission
 from router.auth import Keys
 from router.cluster import RETRY_AFTER_S, Cluster
 from router.dispatch import Job
+from router.estimates import Estimates
 from router.http import Call, Receive, Scope, Send
 from router.link import Link
 from router.metrics import CONTENT_TYPE, Metrics
@@ -61,6 +62,7 @@ class App:
             self.pairs,
             self.verifiers,
             self.retrievers,
+            Estimates(settings.kv_bandwidth),
         )
         self.admission = Admission(
             settings.max_inflight, settings.queue_limit, settings.queue_timeout_s, self.metrics

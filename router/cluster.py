@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from braid.errors import BadRequest, NotFound, Unavailable
 from braid.settings import RouterSettings
+from router.estimates import Estimates
 from router.link import Link
 from router.metrics import Metrics
 from router.pairs import Pairs
@@ -26,6 +27,7 @@ class Cluster:
     pairs: Pairs
     verifiers: Verifiers
     retrievers: Retrievers
+    estimates: Estimates = field(default_factory=Estimates)
 
     def served_model(self, model: str | None) -> str:
         """The model a request means; None means the only one.

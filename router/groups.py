@@ -207,6 +207,8 @@ class WorkerGroup:
         usage.completion_tokens += max(message.choice_tokens, self._tokens.get(share, 0))
         usage.prompt_tokens = max(usage.prompt_tokens, message.prompt_tokens)
         usage.cached_tokens = max(usage.cached_tokens, message.cached_tokens)
+        job = self.fanout.job
+        self.fanout.cluster.estimates.learn(job.model, job.body, share.n, message)
         self._note_workers()
         return None if message.status == 200 else from_engine(message.status, message.body)
 
