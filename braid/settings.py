@@ -193,7 +193,7 @@ class SimulatedSettings(ProcessSettings):
         "counted", description="KV on its way: time passes and bytes are counted, or synthetic bytes move"
     )
     sim_kv_bytes: int = Field(4096, gt=0, multiple_of=16, description="KV bytes of a token")
-    sim_bandwidth: float = Field(1e9, gt=0, description="bytes a second of a counted transfer")
+    sim_bandwidth: float = Field(1e9, gt=0, description="bytes a second of counted transfers from a worker")
     sim_latency_s: float = Field(0.001, ge=0, description="what a counted transfer takes besides")
     sim_tokens: float = Field(48.0, ge=1, description="median length of a sample in tokens (lognormal)")
     sim_sigma: float = Field(0.4, ge=0, le=3, description="spread of the logarithm of the length")

@@ -333,10 +333,13 @@ class Progress:
 
 def train(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
-    tokenizer = train_tokenizer(args.seed)
+    resumed = args.resume and Tokenizer.from_file(str(args.resume / "tokenizer.json"))
+    tokenizer = resumed or train_tokenizer(args.seed)
     preset = SMALL if args.small else DEMO
     rate = args.rate or preset.rate
     model = build_model(args.seed, tokenizer.get_vocab_size(), preset)
+    if args.resume is not None:
+        model.load_state_dict(Qwen3ForCausalLM.from_pretrained(args.resume, dtype=torch.float32).state_dict())
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     optimizers = build_optimizers(model, rate)
     progress = Progress(args.minutes, args.steps)
@@ -419,6 +422,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rate", type=float, help="peak learning rate; the preset's otherwise")
     parser.add_argument("--small", action="store_true", help="the smaller shape and its mix of conversations")
     parser.add_argument("--save-minutes", type=float, default=5.0)
+    parser.add_argument(
+        "--resume", type=Path, help="folder of weights to go on from, with a schedule of its own"
+    )
     train(parser.parse_args(argv))
 
 
