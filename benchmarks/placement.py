@@ -4,7 +4,7 @@
 
 A router and simulated workers of its own (1 prefill, 8 decode) for each policy and link; groups of k samples
 over fresh prompts, one at a time, the policies in turn. Every engine time is modelled (`"simulated": true`):
-the figures are of the policy, not of an engine. The links are fast (1 GB/s) and slow (20 MB/s).
+the figures are of the policy, not of an engine. The links are fast (1 GB/s) and slow (50 MB/s).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from benchmarks.machine import describe_machine
 from benchmarks.sim_scale import RESULTS, Process
 
 POLICIES = ("pack", "spread", "auto")
-LINKS = {"fast": 1e9, "slow": 2e7}
+LINKS = {"fast": 1e9, "slow": 5e7}
 NEAR = 1.15
 """What `auto` may take of the better one's time and still count as near it: timers here are coarse."""
 START_S = 60.0
