@@ -2,10 +2,11 @@
 
     python -m benchmarks.cascade --count 200
 
-Starts a cluster of its own with both demo models (or takes --url). On the calibration split each model answers
-every problem, which tells for each threshold what a cascade would answer and cost; of each way to judge an
-answer the cheapest threshold is taken that loses no right answer there. With these the cascades run on the test
-split, in turns with the large and the small model alone. Cost is parameters x generated tokens, and seconds.
+Starts a cluster of its own with both demo models (or takes --url). On the calibration split each model
+answers every problem, which tells for each threshold what a cascade would answer and cost; of each way to
+judge an answer the cheapest threshold is taken that loses no right answer there. With these the cascades run
+on the test split, in turns with the large and the small model alone. Cost is parameters x generated tokens,
+and seconds.
 """
 
 from __future__ import annotations
@@ -198,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     out.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
     for name, told in found["methods"].items():
         print(
-            f"{name}: {100 * told['accuracy']:.1f} % right, cost {told['cost_share']:.2f} of the large one's, "
+            f"{name}: {100 * told['accuracy']:.1f} % right, cost {told['cost_share']:.2f} of the large, "
             f"{sum(told['wall_s']):.1f} s, tokens {told['tokens']}"
         )
     print(f"written to {out}")
