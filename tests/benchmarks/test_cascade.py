@@ -30,6 +30,14 @@ def test_a_small_model_that_is_right_where_the_large_one_is_not_may_be_asked_mor
     assert calibrate(scores, [large(False), large(True), large(True)])["threshold"] == 0.7
 
 
+def test_some_slack_takes_a_cheaper_threshold_and_none_that_fits_is_said() -> None:
+    scores = [small(0.9, True), small(0.5, False), small(0.4, True), small(0.3, True)]
+    assert calibrate(scores, [large(True)] * 4)["threshold"] == 0.9
+    assert calibrate(scores, [large(True)] * 4, slack=0.25)["threshold"] == 0.3
+    wrong = calibrate([small(1.0, False)], [large(True)])
+    assert (wrong["threshold"], wrong["cost_share"], wrong["right"]) == (1.0, None, None)
+
+
 def test_figures_count_both_models_and_compare_on_the_same_problems() -> None:
     base = [large(True), large(False)]
     mixed = [Outcome(True, 0.1, {SMALL: 10}, accepted=True), Outcome(True, 0.3, {SMALL: 10, LARGE: 20})]
@@ -42,7 +50,7 @@ def test_figures_count_both_models_and_compare_on_the_same_problems() -> None:
 
 def test_what_is_asked_are_valid_requests() -> None:
     for way in ("margin", "agreement of 2", "agreement of 4"):
-        for body in (judged_alone(way), cascade(way, 0.5)):
+        for body in (judged_alone(way), cascade(way, 0.5), cascade("arithmetic", 1.0)):
             strategies.get(body["reasoning"]["strategy"]).parse(body["reasoning"])
     asked = request(4, 512, 20, 7)
     assert strategies.get("self_consistency").parse(asked["reasoning"]).n == 4
