@@ -209,12 +209,14 @@ def _argument(info: FieldInfo) -> dict[str, Any]:
     """Keyword arguments of ``add_argument`` for one field."""
     # argparse reads % as the start of a placeholder.
     text = (info.description or "").replace("%", "%%")
-    if not info.is_required() and info.default not in (None, ""):
+    if not info.is_required() and info.default not in (None, "", ()):
         text = f"{text} (default: {str(info.default).replace('%', '%%')})".strip()
     elif info.is_required():
         text += " (required)"
     if info.annotation is bool:
         return {"action": argparse.BooleanOptionalAction, "help": text}
+    if get_origin(info.annotation) is tuple:
+        return {"action": "append", "help": text, "metavar": "NAME,..."}
     choices = [a for a in _plain_types(info.annotation) if get_origin(a) is Literal]
     metavar = "|".join(map(str, get_args(choices[0]))) if choices else _metavar(info.annotation)
     return {"help": text, "metavar": metavar}

@@ -19,12 +19,13 @@ from braid.errors import (
     Unavailable,
 )
 from braid.settings import RouterSettings
-from router import efforts, plain, reasoning, responses, strategies
+from router import efforts, models, plain, reasoning, responses, strategies
 from router.admission import Admission
 from router.auth import Keys
 from router.cluster import RETRY_AFTER_S, Cluster
 from router.direct import streamed
 from router.dispatch import Job
+from router.estimates import Estimates
 from router.history import Entry, History
 from router.http import Call, Receive, Scope, Send
 from router.link import Link
@@ -76,6 +77,7 @@ class App:
             self.pairs,
             self.verifiers,
             self.retrievers,
+            Estimates(settings.kv_bandwidth),
         )
         self.admission = Admission(
             settings.max_inflight,
@@ -193,7 +195,10 @@ class App:
         priority = body.pop("priority", None) or 0  # vLLM refuses one unless it schedules by it
         if tenant:
             body["cache_salt"] = _salt(tenant, body.get("cache_salt"))
-        strategy = None if plan is None else reasoning.prepare(plan, request, self.settings, self.efforts)
+        strategy = None
+        if plan is not None:
+            plan = models.resolved(plan, self.cluster)
+            strategy = reasoning.prepare(plan, request, self.settings, self.efforts)
         if strategy is None and call.path == RESPONSES and (request.n or 1) > 1:
             raise BadRequest("A response has one answer: choose among samples.", param="reasoning.n")
         job = Job(
@@ -331,6 +336,7 @@ class App:
                 "ready": self.pairs.ready(),
                 "epoch": self.link.epoch,
                 "models": self.registry.models(),
+                "models_ready": self.pairs.ready_models(),
                 "workers": self.registry.state(),
                 "pairs": self.pairs.state(),
                 "inflight": len(self.link.open_refs()),
@@ -361,7 +367,7 @@ class App:
         await call.respond_json(entry.view())
 
     async def _strategies(self, call: Call, tenant: str) -> None:
-        data = strategies.describe(trigger=self.settings.trigger)
+        data = strategies.describe(trigger=self.settings.trigger, models=list(self.settings.model_order))
         services = {"verifiers": self.verifiers.describe(), "retrievers": self.retrievers.describe()}
         await call.respond_json({"object": "list", "data": data, **services})
 

@@ -175,8 +175,16 @@ class Fanout:
         home = [worker for worker in decoders if worker.name == job.home]
         spread = self.cluster.settings.spread if job.prompts == 1 else "pack"
         local = "continued" if home and job.after else job.local
+        if spread == "auto" and not job.after:
+            home = []  # who has the prompt is one thing among others
         plan = placement.place(
-            home or decoders, self._prefillers(), self.cluster.pairs.usable, job.n, spread, local
+            home or decoders,
+            self._prefillers(),
+            self.cluster.pairs.usable,
+            job.n,
+            spread,
+            local,
+            self._by_cost,
         )
         self.reason = plan.reason
         self.shares = [Share(placed.worker, job.first + placed.first, placed.n) for placed in plan.shares]
@@ -264,6 +272,9 @@ class Fanout:
         ready = self.cluster.registry.ready("prefill", self.job.model)
         return [worker for worker in ready if worker is not without]
 
+    def _by_cost(self, workers: Sequence[Worker], n: int, local: bool) -> tuple[placement.Placed, ...]:
+        return self.cluster.estimates.divide(self.job.model, self.job.body, workers, n, local)
+
     def _watch(self, worker: Worker) -> None:
         worker.watchers.add(self._inbox.gone)
         self._watched.add(worker)
@@ -294,6 +305,8 @@ class Fanout:
     def _send_decode(self, share: Share) -> None:
         now = asyncio.get_running_loop().time()
         share.heard = now
+        if self.job.prompts == 1 and self.job.local != "no_prompt":
+            self.cluster.estimates.prefixes.note(self.job.body, share.worker.hello.epoch)
         share.dispatch = self.cluster.link.open(share.worker, share.n * self.job.prompts, self._inbox, share)
         self._watch(share.worker)
         share.span = self.job.trace.begin(

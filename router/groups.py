@@ -230,6 +230,8 @@ class WorkerGroup:
         usage.prompt_tokens = max(usage.prompt_tokens, message.prompt_tokens)
         usage.cached_tokens = max(usage.cached_tokens, message.cached_tokens)
         usage.continued_tokens = min(self._told, usage.prompt_tokens)
+        job = self.fanout.job
+        self.fanout.cluster.estimates.learn(job.model, job.body, share.n, message)
         self._note_workers()
         return None if message.status == 200 else from_engine(message.status, message.body)
 

@@ -161,12 +161,14 @@ class DecodeService:
 
     def beat(self) -> wire.Beat:
         scheduler = self._engine.scheduler
-        return wire.Beat(
+        beat = wire.Beat(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting) + self.seats.waiting,
             kv_usage=scheduler.pool.usage,
             tickets=len(self._imports.blocks),
+            free_blocks=scheduler.pool.free_blocks,
         )
+        return self._engine.pace.tell(beat)
 
     def idle(self) -> bool:
         return not self._running and not self._tasks

@@ -13,12 +13,14 @@ from router.strategies import (
     beam_search,
     best_of_n,
     car,
+    cascade,
     certaindex,
     cot,
     cot_decoding,
     deepconf,
     direct,
     early_stopping_consistency,
+    ensemble,
     first_finish,
     genrm,
     mbr,
@@ -72,6 +74,8 @@ _SPECS = {
         _built_in(particle_filtering, particle_filtering.ParticleFilteringOptions),
         _built_in(tree_of_thoughts, tree_of_thoughts.TreeOfThoughtsOptions),
         _built_in(auto, auto.AutoOptions),
+        _built_in(ensemble, ensemble.EnsembleOptions),
+        _built_in(cascade, cascade.CascadeOptions),
     )
 }
 _OWN = frozenset(_SPECS)
