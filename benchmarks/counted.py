@@ -43,7 +43,7 @@ def late_steps(ended: Sequence[Ended], request: str, decided_by: int | None) -> 
     """
     if decided_by is None:
         return []
-    sample = re.compile(re.escape(request) + r"-(\d+)-[0-9a-f]+$")
+    sample = re.compile(r"(?:^|-)" + re.escape(request) + r"-(\d+)-[0-9a-f]+$")
     group = {int(found[1]): one for one in ended if (found := sample.search(one.id))}
     if decided_by not in group:
         raise LookupError(f"sample {decided_by} of request {request} is in no journal")
