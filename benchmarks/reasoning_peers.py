@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import signal
 import sys
 import tempfile
@@ -47,6 +48,9 @@ from benchmarks.stack import EngineSettings, Launcher, Stack
 
 PARTS = ("vote", "judge")
 SETTLE_S = 0.25
+VERIFIER = "short"
+"""The verifier `self` with chains no longer than the judge's samples: after a prompt this long the demo
+model's chains would go on to the end of its window."""
 
 
 class Record(msgspec.Struct):
@@ -117,7 +121,7 @@ def methods(driver: PeerDriver) -> dict[str, dict[str, Method]]:
     def vote(stack: str, **options: Any) -> Braid:
         return Braid(stack, {"strategy": "self_consistency", **options})
 
-    judged = {"strategy": "genrm", "return_samples": True}
+    judged = {"strategy": "genrm", "verifier": VERIFIER, "return_samples": True}
     return {
         "vote": {
             "braid, one engine": vote("single"),
@@ -300,9 +304,12 @@ def launchers(args: argparse.Namespace, run_dir: Path, wanted: set[str]) -> Mapp
     """How to start each stack that a method needs. The engine that is compared has core 0 in each; of the
     pair, the prefill engine has it."""
     settings = EngineSettings(args.model, max_model_len=4096)
+    verifiers = {
+        "BRAID_VERIFIERS": json.dumps({VERIFIER: {"kind": "generative", "max_tokens": args.judge_tokens}})
+    }
     known: dict[str, Launcher] = {
-        "single": partial(launch_single, settings, interpreter(args.python), run_dir),
-        "braid": partial(launch_braid, settings, interpreter(args.python), run_dir),
+        "single": partial(launch_single, settings, interpreter(args.python), run_dir, **verifiers),
+        "braid": partial(launch_braid, settings, interpreter(args.python), run_dir, **verifiers),
         "plain": partial(launch_server, settings, interpreter(args.python), run_dir),
     }
     return {name: launch for name, launch in known.items() if name in wanted}

@@ -61,5 +61,5 @@ def allowed(client: httpx.Client, model: str, ask: Ask, reply: Reply) -> tuple[i
     for index, answer in answers.items():
         turns = [*prompt, {"role": "assistant", "content": answer["text"]}, user(tasks.VERIFY_REQUEST)]
         new[index] = tokens(client, model, turns) - length - answer["tokens"]
-    chains: list[Any] = [one for one in reply.samples if one.get("role") == "verification"]
+    chains: list[Any] = [one for one in reply.samples if "of" in one]  # those that failed are allowed nothing
     return length, length + 2 * len(answers) + sum(new[chain["of"]] + 2 for chain in chains)
