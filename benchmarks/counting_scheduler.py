@@ -60,3 +60,8 @@ class CountingScheduler(AsyncScheduler):
             ended["others"] = {name: self._completed[name] for name in self._scheduled}
         print(json.dumps(ended), file=self._journal)
         return super()._free_request(request, *args, **options)
+
+    def shutdown(self) -> None:
+        """The engine ends."""
+        self._journal.close()
+        super().shutdown()
