@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 
-from benchmarks.accuracy import Problem, problems
+from benchmarks.accuracy import problems
 from benchmarks.bench import positive, save
-from benchmarks.counted import JOURNAL, Ended, journal, late_steps
+from benchmarks.counted import JOURNAL, journal, late_samples
 from benchmarks.machine import describe_machine, package_versions
 from benchmarks.stats import summary
 from braid import __version__
@@ -45,6 +46,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--n", type=positive, nargs="+", default=[16, 64], help="samples of a group")
     parser.add_argument("--waiting", type=int, default=20, help="groups of each size without early stopping")
     parser.add_argument("--concurrency", type=positive, default=1, help="groups at the same time")
+    parser.add_argument("--temperature", type=float, nargs="+", default=[1.0], help="of the samples")
     parser.add_argument("--max-tokens", type=positive, default=320)
     parser.add_argument("--seed", type=int, default=0, help="of problems and samples")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/cancel.json")
@@ -64,8 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             cluster.wait_ready()
             groups = asyncio.run(measure(args, cluster.url))
         ended = journal(ends)
-    rows: list[dict[str, Any]] = [figures(n, early, groups, ended) for n in args.n for early in (True, False)]
-    rows = [row for row in rows if row["groups"]]
+    for one in groups:
+        one["late"] = [] if one["error"] else late_samples(ended, one["id"], one["decided_by"])
+    kinds = dict.fromkeys((one["n"], one["temperature"], one["early"]) for one in groups)
+    rows = [figures(*kind, groups) for kind in kinds]
     result = {
         "benchmark": "cancel",
         "started": started.isoformat(timespec="seconds"),
@@ -75,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "figures": rows,
         "groups": groups,
     }
-    save(result, args.out)
+    save(msgspec.to_builtins(result), args.out)
     show(rows)
     print(f"Written to {args.out}")
     return 1 if any(group["error"] for group in groups) else 0
@@ -87,32 +91,40 @@ async def measure(args: argparse.Namespace, url: str) -> list[dict[str, Any]]:
     gate = asyncio.Semaphore(args.concurrency)
     async with httpx.AsyncClient(base_url=url, timeout=120, trust_env=False) as client:
 
-        async def one(n: int, early: bool, number: int) -> dict[str, Any]:
+        async def one(n: int, temperature: float, early: bool, number: int) -> dict[str, Any]:
+            told = {"n": n, "temperature": temperature, "early": early, "problem": asked[number].id}
             async with gate:
-                return await group(client, args, asked[number], n, early, number)
+                return await group(client, told, body(args, asked[number].prompt, told, number))
 
         jobs = [
-            one(n, early, number)
+            one(n, temperature, early, number)
             for n in args.n
+            for temperature in args.temperature
             for early in (True, False)
             for number in range(args.groups if early else min(args.waiting, args.groups))
         ]
         return list(await asyncio.gather(*jobs))
 
 
-async def group(
-    client: httpx.AsyncClient, args: argparse.Namespace, problem: Problem, n: int, early: bool, number: int
-) -> dict[str, Any]:
-    """One group as its stream tells it: the sample that decided it, None if all were needed."""
-    body = {
+def body(args: argparse.Namespace, prompt: str, told: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """The request of a group."""
+    options = {"strategy": "self_consistency", "n": told["n"], "early_stop": told["early"]}
+    return {
         "model": "demo",
-        "messages": [{"role": "user", "content": problem.prompt}],
+        "messages": [{"role": "user", "content": prompt}],
         "max_tokens": args.max_tokens,
+        "temperature": told["temperature"],
         "seed": args.seed + number,
         "stream": True,
-        "reasoning": {"strategy": "self_consistency", "n": n, "early_stop": early},
+        "reasoning": options,
     }
-    told: dict[str, Any] = {"n": n, "early": early, "problem": problem.id, "id": "", "error": ""}
+
+
+async def group(
+    client: httpx.AsyncClient, asked: Mapping[str, Any], body: Mapping[str, Any]
+) -> dict[str, Any]:
+    """One group as its stream tells it: the sample that decided it, None if all were needed."""
+    told: dict[str, Any] = {**asked, "id": "", "error": ""}
     events: list[Mapping[str, Any]] = []
     try:
         async with client.stream("POST", "/v1/chat/completions", json=body) as reply:
@@ -129,7 +141,7 @@ async def group(
     samples = [event for event in events if event.get("event") == "sample"]
     return {
         **told,
-        "decided_by": decisive(samples, n),
+        "decided_by": decisive(samples, asked["n"]),
         "stopped_early": report.get("stopped_early"),
         "cancelled": report.get("samples_cancelled"),
         "tokens": report.get("tokens"),
@@ -146,21 +158,29 @@ def decisive(samples: Sequence[Mapping[str, Any]], n: int) -> int | None:
     return None
 
 
-def figures(
-    n: int, early: bool, groups: Sequence[Mapping[str, Any]], ended: Sequence[Ended]
-) -> dict[str, Any]:
-    """Steps after the decision, over all losers of all groups, and the sum of each group."""
-    mine = [one for one in groups if one["n"] == n and one["early"] == early and not one["error"]]
-    late = {one["id"]: late_steps(ended, one["id"], one["decided_by"]) for one in mine}
-    per_loser = [steps for losers in late.values() for steps in losers]
+def figures(n: int, temperature: float, early: bool, groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Steps after the decision of the losers of all groups, and their sum in each group that has any.
+
+    A loser is a sample that needed at least one more step: what ends in the same pass as the deciding sample
+    costs nothing. `cancelled` are those that were aborted.
+    """
+    kind = (n, temperature, early)
+    mine = [
+        one for one in groups if (one["n"], one["temperature"], one["early"]) == kind and not one["error"]
+    ]
+    losers = [[late for late in one["late"] if late.steps or late.aborted] for one in mine]
+    every = [late for group in losers for late in group]
     return {
         "n": n,
+        "temperature": temperature,
         "early_stop": early,
         "groups": len(mine),
-        "decided_early": sum(bool(losers) for losers in late.values()),
-        "losers": len(per_loser),
-        "steps_of_a_loser": summary(per_loser),
-        "steps_of_a_group": summary([sum(losers) for losers in late.values() if losers]),
+        "with_losers": sum(map(bool, losers)),
+        "losers": len(every),
+        "cancelled": sum(late.aborted for late in every),
+        "steps_of_a_loser": summary([late.steps for late in every]),
+        "steps_of_a_cancelled": summary([late.steps for late in every if late.aborted]),
+        "steps_of_a_group": summary([sum(late.steps for late in group) for group in losers if group]),
         "tokens_of_a_group": summary([one["tokens"] for one in mine]),
     }
 
@@ -168,13 +188,19 @@ def figures(
 def show(rows: Sequence[Mapping[str, Any]]) -> None:
     """A line for each size and way."""
     for row in rows:
-        steps, tokens = row["steps_of_a_loser"], row["tokens_of_a_group"]
         way = "early stop" if row["early_stop"] else "all run on"
         print(
-            f"n={row['n']:<3} {way}: {row['decided_early']}/{row['groups']} groups decided early, "
-            f"{row['losers']} losers; steps after the decision: median {steps['p50']}, worst {steps['max']}; "
-            f"tokens of a group: median {tokens['p50']}"
+            f"n={row['n']:<3} T={row['temperature']} {way}: {row['losers']} losers in "
+            f"{row['with_losers']}/{row['groups']} groups, {row['cancelled']} cancelled; "
+            f"steps after the decision (median / worst): {both(row['steps_of_a_loser'])} of a loser, "
+            f"{both(row['steps_of_a_cancelled'])} of a cancelled one, "
+            f"{both(row['steps_of_a_group'])} of a group; tokens of a group: median {row['tokens_of_a_group']['p50']}"
         )
+
+
+def both(found: Mapping[str, Any]) -> str:
+    """Median and worst; dashes where there is none."""
+    return f"{found['p50']:g} / {found['max']:g}" if found["count"] else "- / -"
 
 
 if __name__ == "__main__":

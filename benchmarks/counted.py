@@ -33,8 +33,16 @@ def journal(folder: Path) -> list[Ended]:
     return [msgspec.json.decode(line, type=Ended) for line in lines]
 
 
-def late_steps(ended: Sequence[Ended], request: str, decided_by: int | None) -> list[int]:
-    """Steps that each other sample of a request's group took part in after sample `decided_by` had ended.
+class Late(msgspec.Struct):
+    """A sample that had not ended when its group was decided: its steps from then on."""
+
+    number: int
+    aborted: bool
+    steps: int
+
+
+def late_samples(ended: Sequence[Ended], request: str, decided_by: int | None) -> list[Late]:
+    """The samples of a request's group that the engine still ran once sample `decided_by` had ended.
 
     Empty if nothing decided it early. Samples of a group are engine requests named `...REQUEST-NUMBER-...`.
 
@@ -48,4 +56,8 @@ def late_steps(ended: Sequence[Ended], request: str, decided_by: int | None) -> 
     if decided_by not in group:
         raise LookupError(f"sample {decided_by} of request {request} is in no journal")
     then = group[decided_by].others
-    return [one.steps - then[one.id] for _, one in sorted(group.items()) if one.id in then]
+    return [
+        Late(number, one.aborted, one.steps - then[one.id])
+        for number, one in sorted(group.items())
+        if one.id in then
+    ]

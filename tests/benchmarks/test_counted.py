@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import cancel, repeat
-from benchmarks.counted import Ended, journal, late_steps
+from benchmarks.counted import Ended, Late, journal, late_samples
 
 
 def ended(number: int, steps: int, others: dict[int, int] | None = None, group: str = "g") -> Ended:
@@ -18,6 +18,10 @@ def ended(number: int, steps: int, others: dict[int, int] | None = None, group: 
 
     then = {name(one): count for one, count in (others or {}).items()}
     return Ended(name(number), others is None, steps, steps, then)
+
+
+def late_steps(ended: list[Ended], request: str, decided_by: int | None) -> list[int]:
+    return [late.steps for late in late_samples(ended, request, decided_by)]
 
 
 def test_steps_after_the_decision_are_those_of_the_others_alone() -> None:
@@ -56,13 +60,14 @@ def test_the_decisive_sample_is_the_first_after_which_nothing_can_change() -> No
 
 
 def test_figures_are_of_the_losers_of_groups_that_were_decided_early() -> None:
-    told = {"n": 3, "early": True, "error": "", "tokens": 30}
-    groups = [{**told, "id": "g", "decided_by": 0}, {**told, "id": "h", "decided_by": None}]
-    row = cancel.figures(3, True, groups, [ended(0, 10, {1: 10, 2: 9}), ended(1, 12), ended(2, 13)])
-    assert (row["groups"], row["decided_early"], row["losers"]) == (2, 1, 2)
+    told = {"n": 3, "temperature": 1.0, "early": True, "error": "", "tokens": 30}
+    late = [Late(1, True, 2), Late(2, False, 4), Late(3, False, 0)]
+    groups = [{**told, "late": late}, {**told, "late": []}, {**told, "late": late, "error": "x"}]
+    row = cancel.figures(3, 1.0, True, groups)
+    assert (row["groups"], row["with_losers"], row["losers"], row["cancelled"]) == (2, 1, 2, 1)
     assert (row["steps_of_a_loser"]["p50"], row["steps_of_a_loser"]["max"]) == (3.0, 4)
-    assert row["steps_of_a_group"]["max"] == 6
-    assert cancel.figures(3, False, groups, [])["groups"] == 0
+    assert (row["steps_of_a_cancelled"]["max"], row["steps_of_a_group"]["max"]) == (2, 6)
+    assert cancel.figures(3, 1.5, True, groups)["groups"] == 0
 
 
 def group(answer: str, *samples: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.counted import JOURNAL, Ended, journal, late_steps
+from benchmarks.counted import JOURNAL, Ended, Late, journal, late_samples
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # importing vLLM can take minutes on a busy machine
 
@@ -52,5 +52,5 @@ def test_a_pass_that_runs_when_the_vote_is_decided_is_counted_as_late(scheduler:
     scheduler.update_from_output(second)
     ended = journal(tmp_path)
     assert ended == [Ended("g-0-aa", False, 2, 1, {"g-1-bb": 1}), Ended("g-1-bb", True, 3, 1)]
-    assert late_steps(ended, "g", 0) == [2]
+    assert late_samples(ended, "g", 0) == [Late(1, True, 2)]
     assert not scheduler._completed, "what comes after a request's end is not kept"
