@@ -194,7 +194,8 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
             f"{row['with_losers']}/{row['groups']} groups, {row['cancelled']} cancelled; "
             f"steps after the decision (median / worst): {both(row['steps_of_a_loser'])} of a loser, "
             f"{both(row['steps_of_a_cancelled'])} of a cancelled one, "
-            f"{both(row['steps_of_a_group'])} of a group; tokens of a group: median {row['tokens_of_a_group']['p50']}"
+            f"{both(row['steps_of_a_group'])} of a group; "
+            f"tokens of a group: median {row['tokens_of_a_group']['p50']:g}"
         )
 
 
