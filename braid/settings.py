@@ -154,6 +154,15 @@ class RouterSettings(ProcessSettings):
         description="URL that spans of requests are sent to (OTLP over HTTP), such as "
         "http://127.0.0.1:4318/v1/traces; OTEL_EXPORTER_OTLP_TRACES_ENDPOINT is taken too",
     )
+    effort: Literal["pass", "auto"] = Field(
+        "pass", description="reasoning_effort without a strategy: the engine reads it, or strategy auto does"
+    )
+    effort_table: Path | None = Field(
+        None, description="table of strategy auto, as `braid calibrate` makes it (default: the demo model's)"
+    )
+    group_history: int = Field(
+        1000, ge=0, description="groups that GET /v1/groups/ID still knows, over all API keys"
+    )
     verifiers: Verifiers = Field(
         {}, description="verifiers by name, a table each in the file (docs/strategies.md), JSON elsewhere"
     )

@@ -76,7 +76,7 @@ class Ticket(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defau
     block_size: int = 0
 
 
-class Watch(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defaults=True):
+class Watch(msgspec.Struct, tag="watch", forbid_unknown_fields=True, frozen=True, omit_defaults=True):
     """The confidence of samples as they grow (DeepConf, Fu et al. 2025, arXiv 2508.15260).
 
     A token's confidence is minus the mean of its ``top`` largest log-probabilities; a group's is the mean
@@ -87,6 +87,15 @@ class Watch(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defaul
     window: int
     top: int
     least: float | None = None
+
+
+class Verdict(msgspec.Struct, tag="verdict", forbid_unknown_fields=True, frozen=True):
+    """The verdict of samples that verify: the probability of a ``yes`` in its place, where ``top`` candidates
+    are looked at (:func:`braid.verdict.p_yes`)."""
+
+    yes: tuple[str, ...]
+    no: tuple[str, ...]
+    top: int
 
 
 class KvRecord(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defaults=True):
@@ -202,8 +211,8 @@ class Sample(_Msg, frozen=True, tag="sample"):
 
     ``index`` is the sample's number in the whole group. ``choice`` is the JSON of the OpenAI choice as
     vLLM's OpenAI layer made it. ``logprob`` is the sum of the sampled tokens' log-probabilities
-    (natural log) and ``tokens`` their count. ``state``: finished | cancelled | failed. ``confidence``: the
-    lowest of a group of its tokens, of one that is watched."""
+    (natural log) and ``tokens`` their count. ``state``: finished | cancelled | failed. ``confidence``: what
+    the dispatch's ``watch`` measures: the lowest of a group of its tokens, or the probability of a yes."""
 
     ref: int
     index: int
@@ -248,7 +257,8 @@ class Prefill(_Msg, frozen=True, tag="prefill"):
     """Compute the KV of ``body``'s prompt(s), once, and hold it for the ticket's consumers.
 
     ``target`` and ``body`` are the client's path and JSON body, so that P renders exactly what D does;
-    sampling fields in it have no effect here. ``deadline_s`` is relative to receipt."""
+    sampling fields in it have no effect here. ``deadline_s`` is relative to receipt.
+    ``group``: id of the request's group, for logs."""
 
     ref: int
     ticket: Ticket
@@ -256,6 +266,7 @@ class Prefill(_Msg, frozen=True, tag="prefill"):
     body: bytes
     request_id: str
     deadline_s: float
+    group: str = ""
 
 
 class Decode(_Msg, frozen=True, tag="decode"):
@@ -282,8 +293,10 @@ class Decode(_Msg, frozen=True, tag="decode"):
     """Why there is no ticket (metric label), when there is none."""
     keep: bool = False
     after: str = ""
-    watch: Watch | None = None
-    """In mode ``samples``: how the samples' confidence is measured, and which are ended for it."""
+    watch: Watch | Verdict | None = None
+    """In mode ``samples``: what is measured of the samples, and which are ended for it."""
+    group: str = ""
+    """Id of the request's group, for logs."""
 
 
 class Lost(_Msg, frozen=True, tag="lost"):

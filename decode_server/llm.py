@@ -24,6 +24,7 @@ from decode_server.confidence import Confidence
 from decode_server.kept import KeptSamples, splice
 from decode_server.prefix import Held, Prefixes
 from decode_server.seeds import sample_seed
+from decode_server.verdicts import probability
 from kvtransfer.adapter.options import KEEP, PARAM
 
 Ended = Callable[[int, RequestOutput | None, str], None]
@@ -43,8 +44,8 @@ class Job:
         samples: engine request ids of the running samples, by their number in the group.
         cancelled: numbers of samples that the router no longer wants, also of those not yet begun.
         generated: tokens generated so far, by sample number, also of cancelled samples.
-        watch: how the samples' confidence is measured, None if it is not.
-        confidence: of samples that are watched, by their number.
+        watch: what is measured of the samples, None if nothing is.
+        confidence: what it gave, by sample number.
         beams: engine request ids of the running steps of a beam search; None if it is none.
         pace: of the worker; its samples are measured by it.
     """
@@ -61,7 +62,7 @@ class Job:
     samples: dict[int, str] = field(default_factory=dict)
     cancelled: set[int] = field(default_factory=set)
     generated: dict[int, int] = field(default_factory=dict)
-    watch: wire.Watch | None = None
+    watch: wire.Watch | wire.Verdict | None = None
     confidence: dict[int, float] = field(default_factory=dict)
     beams: set[str] | None = None
     prompt_tokens: int = 0
@@ -204,7 +205,7 @@ class _Samples:
                 else:
                     yield output
             if finals:
-                yield _merge(finals)
+                yield _merge(finals if self._job.on_sample is None else [_hollow(one) for one in finals])
         finally:
             for task in tasks:
                 task.cancel()
@@ -223,7 +224,7 @@ class _Samples:
             if number not in job.cancelled:
                 stream = self._llm.plain(self._prompt, self._child_params(i), engine_id, **self._options)
                 began = job.pace.begin()
-                watched = self._job.watch and Confidence(self._job.watch)
+                watched = Confidence(job.watch) if isinstance(job.watch, wire.Watch) else None
                 async for output in stream:
                     self._account(output, number)
                     output.outputs[0].index = i
@@ -233,8 +234,7 @@ class _Samples:
                         await self._llm.abort([engine_id])
                     if output.finished or not watched:
                         self._queue.put_nowait(output)
-                if watched and watched.lowest is not None:
-                    job.confidence[number] = watched.lowest
+                self._measured(number, watched, last)
                 error = "" if last is not None else "no output"
             self._queue.put_nowait(None)
         except Exception as failure:
@@ -247,6 +247,13 @@ class _Samples:
             self._keep(number, last)
             if job.on_sample is not None:
                 job.on_sample(number, last, error)
+
+    def _measured(self, number: int, watched: Confidence | None, last: RequestOutput | None) -> None:
+        watch, told = self._job.watch, watched.lowest if watched else None
+        if isinstance(watch, wire.Verdict) and last is not None:
+            told = probability(last.outputs[0], watch)
+        if told is not None:
+            self._job.confidence[number] = told
 
     def _keep(self, number: int, last: RequestOutput | None) -> None:
         """Remember a sample that the engine has kept, or have it let go of one that nobody wants."""
@@ -282,10 +289,21 @@ class _Samples:
         params.extra_args = extra or None
         if (watch := self._job.watch) is not None:
             params.logprobs = max(watch.top, params.logprobs or 0)
-            params.output_kind = RequestOutputKind.CUMULATIVE  # every token is seen as it comes
+            if isinstance(watch, wire.Watch):
+                params.output_kind = RequestOutputKind.CUMULATIVE  # every token is seen as it comes
         if self._job.on_sample is not None and params.logprobs is None:
             params.logprobs = 0  # of the sampled token: strategies weigh by it
         return params
+
+
+def _hollow(final: RequestOutput) -> RequestOutput:
+    """A sample that has been reported, without what it says: the joint reply is not read, and making it
+    costs as much again as making the samples' own choices."""
+    hollow, completion = copy.copy(final), copy.copy(final.outputs[0])
+    completion.text, completion.token_ids = "", []
+    completion.logprobs = None if completion.logprobs is None else []
+    hollow.outputs = [completion]
+    return hollow
 
 
 def _merge(finals: list[RequestOutput]) -> RequestOutput:

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from braid.errors import BadRequest
+from braid.thinking import without_thinking
 from router.bounded import BoundedProcess, LimitExceeded
-from router.extract import MAX_TEXT, search, without_thinking
+from router.extract import MAX_TEXT, search
 
 MAX_JSON = 1_000_000
 """Longest JSON text in characters that is checked; a longer one does not conform."""

@@ -46,8 +46,9 @@ class Job:
         keep: have the decode workers keep the samples' KV (mode ``samples``).
         home: name of the decode worker that has the prompt already; used if it is ready.
         after: what ``home`` knows the sample by that the body goes on from.
-        watch: have the decode workers measure the samples' confidence (mode ``samples``).
+        watch: what the decode workers measure of the samples (mode ``samples``).
         trace: span that those of the dispatches are below.
+        group: id of the request's group, for the workers' logs.
     """
 
     target: str
@@ -64,8 +65,9 @@ class Job:
     keep: bool = False
     home: str = ""
     after: str = ""
-    watch: wire.Watch | None = None
+    watch: wire.Watch | wire.Verdict | None = None
     trace: Trace = OFF
+    group: str = ""
 
 
 @dataclass(slots=True, eq=False)
@@ -253,6 +255,7 @@ class Fanout:
             msgspec.json.encode(self.job.body),
             self.job.request_id,
             deadline - now,
+            self.job.group,
         )
         self.cluster.link.send(worker, message)
         return producer
@@ -282,6 +285,7 @@ class Fanout:
             keep=self.job.keep,
             after=self.job.after if share.worker.name == self.job.home else "",
             watch=self.job.watch,
+            group=self.job.group,
         )
         self.cluster.link.send(share.worker, message)
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 from braid.errors import BadRequest
+from braid.thinking import without_thinking
 from router.bounded import BoundedProcess, LimitExceeded
 
 ExtractorName = Literal["auto", "boxed", "answer_is", "hashes", "json", "choice", "last_number", "regex"]
@@ -41,14 +42,6 @@ _CHOICE = re.compile(
 _LAST_NUMBER = re.compile(
     r"(?<![\w.,])[-−]?[$€£]?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?(?:/[0-9]+)?%?"
 )
-
-
-def without_thinking(text: str) -> str:
-    """What follows the last ``</think>``; nothing if a ``<think>`` was never closed."""
-    _, closed, rest = text.rpartition("</think>")
-    if closed:
-        return rest
-    return text.partition("<think>")[0]
 
 
 def boxed(text: str) -> str | None:

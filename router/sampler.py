@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from braid.proof import merge
-from braid.wire import KvRecord, Watch
+from braid.wire import KvRecord, Verdict, Watch
 
 if TYPE_CHECKING:
     from router.retrievers import Retriever
@@ -33,7 +33,7 @@ class Sample:
         logprob: sum of the sampled tokens' natural log-probabilities, None if unknown.
         choice: the OpenAI choice object as the engine's OpenAI layer made it.
         error: why it failed.
-        confidence: the lowest of a group of its tokens, of a group that is watched; also of one ended for it.
+        confidence: what is measured of the samples of a group that is watched, None if it could not be.
         worker: name of the decode worker that made it.
         kept: what that worker knows its KV by, empty if it was not asked to keep it.
     """
@@ -68,6 +68,8 @@ class GroupUsage:
         completion_tokens: every generated token, also of stopped and failed samples.
         kv: one record a decode worker, keyed by its name.
         prefill: name of the prefill worker, empty for path ``local``.
+        continued_tokens: of the prompt's, the beginning that an earlier group of the request has told of: the
+            prompt and the tokens of the sample that this group goes on from.
     """
 
     prompt_tokens: int = 0
@@ -75,6 +77,7 @@ class GroupUsage:
     completion_tokens: int = 0
     kv: dict[str, KvRecord] = field(default_factory=dict)
     prefill: str = ""
+    continued_tokens: int = 0
 
 
 def as_one(usages: Sequence[GroupUsage]) -> GroupUsage:
@@ -93,6 +96,7 @@ def as_one(usages: Sequence[GroupUsage]) -> GroupUsage:
         sum(usage.completion_tokens for usage in usages),
         {worker: merge(of_one) for worker, of_one in records.items()},
         ",".join(dict.fromkeys(usage.prefill for usage in usages if usage.prefill)),
+        first.continued_tokens,
     )
 
 
@@ -125,7 +129,7 @@ class Sampler(Protocol):
         *,
         keep: bool = False,
         after: Sample | None = None,
-        watch: Watch | None = None,
+        watch: Watch | Verdict | None = None,
     ) -> Group:
         """Open a group: ``n`` samples of the OpenAI chat or completion ``body`` (its ``n`` and
         ``stream`` are ignored), numbered from ``first``. Nothing runs before ``__aenter__``.
@@ -139,7 +143,7 @@ class Sampler(Protocol):
         not there any more the group is a group like any other.
 
         ``watch``: the workers measure the samples' confidence as they grow, and end those that fall below
-        its ``least``: their state is ``stopped_early``.
+        its ``least``: their state is ``stopped_early``. Or they find the verdict of samples that verify.
 
         Raises (from ``__aenter__`` or iteration): a :class:`braid.errors.BraidError` when no sample
         could be produced."""
@@ -164,8 +168,10 @@ class Answer:
         choice: the OpenAI choice returned to the client (its index is set to 0).
         report: JSON-serialisable fields of the reply's ``reasoning`` (votes, samples, confidence...).
         usages: of every group the strategy opened.
+        tokens: generated tokens of the returned answer itself, None if unknown.
     """
 
     choice: Mapping[str, Any]
     report: dict[str, Any]
     usages: list[GroupUsage]
+    tokens: int | None = None

@@ -233,7 +233,7 @@ class DecodeService:
         group_number = message.first + index
         seed, key = (None, 0) if ask.greedy else (ask.seed, group_number)
         said = draw(part.prompt, self._profile, ask.limits, seed, key)
-        if message.watch is not None and message.mode == "samples":
+        if isinstance(message.watch, wire.Watch) and message.mode == "samples":
             said = watched(said, message.watch)
         sequence = Sequence(
             part.prompt,
@@ -311,7 +311,7 @@ class DecodeService:
             self._answer(dispatch, 200, dispatch.words.whole(choices, usage))
 
     def _sample_message(self, dispatch: _Dispatch, sample: _Sample) -> wire.Sample:
-        ref, sequence = dispatch.message.ref, sample.sequence
+        ref, watch, sequence = dispatch.message.ref, dispatch.message.watch, sample.sequence
         count, said = sequence.generated, sequence.draw
         if not count:
             return wire.Sample(ref, sample.number, "cancelled")
@@ -324,7 +324,7 @@ class DecodeService:
             _finish(said, count),
             count,
             said.cumulative(count),
-            confidence=lowest(said, watch, count) if (watch := dispatch.message.watch) else None,
+            confidence=lowest(said, watch, count) if isinstance(watch, wire.Watch) else None,
         )
 
     def _choice(self, dispatch: _Dispatch, sample: _Sample, index: int) -> reply.Json:

@@ -8,6 +8,7 @@ from typing import Any
 from braid.errors import BadRequest
 from router.strategies import (
     adaptive_consistency,
+    auto,
     beam_of_steps,
     beam_search,
     best_of_n,
@@ -74,6 +75,7 @@ _SPECS = {
         _built_in(tree_of_thoughts, tree_of_thoughts.TreeOfThoughtsOptions),
         _built_in(ensemble, ensemble.EnsembleOptions),
         _built_in(cascade, cascade.CascadeOptions),
+        _built_in(auto, auto.AutoOptions),
     )
 }
 _OWN = frozenset(_SPECS)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from router.extract import without_thinking
+from braid.thinking import without_thinking
 from router.sampler import Answer, Progress, Sampler
 from router.strategies.collect import collect, conclude
 from router.strategies.options import ManyOptions

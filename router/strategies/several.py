@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from braid.errors import BadRequest
-from braid.wire import Watch
+from braid.wire import Verdict, Watch
 from router.sampler import Group, GroupUsage, Sample, Sampler
 from router.strategies.options import ManyOptions
 from router.strategies.run import Run
@@ -53,7 +53,7 @@ class Metered:
         *,
         keep: bool = False,
         after: Sample | None = None,
-        watch: Watch | None = None,
+        watch: Watch | Verdict | None = None,
     ) -> Group:
         group = self._sampler.group(body, n, first, keep=keep, after=after, watch=watch)
         self._usages.append((str(body.get("model", "")), group.usage))

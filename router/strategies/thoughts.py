@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from router.extract import without_thinking
+from braid.thinking import without_thinking
 from router.strategies.collect import Run
 from router.strategies.prompt import in_prose, with_sampling, with_trigger
 from router.strategies.steps import Node

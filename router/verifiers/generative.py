@@ -9,9 +9,9 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from braid import services
+from braid.wire import Verdict
 from router.verifiers import prompts
 from router.verifiers.base import Check
-from router.verifiers.verdict import p_yes
 
 if TYPE_CHECKING:
     from router.strategies.branches import Branch
@@ -73,10 +73,15 @@ class GenerativeVerifier:
             wave = asked[begin : begin + width]
             branches = [self._branch(run, body, samples[place], said) for place, said in wave]
             first = run.drawn
-            for ended in await run.draw(fork(branches), len(wave) * self.settings.k, role=ROLE):
+            count = len(wave) * self.settings.k
+            for ended in await run.draw(fork(branches), count, role=ROLE, watch=self._verdict()):
                 place, _ = wave[(ended.sample.index - first) // self.settings.k]
-                found[place].append(Chain(ended, p_yes(ended.sample, self.settings.yes, self.settings.no)))
+                found[place].append(Chain(ended, ended.sample.confidence))
         return found
+
+    def _verdict(self) -> Verdict:
+        """What the workers look for; they have the candidates of every token at hand."""
+        return Verdict(tuple(self.settings.yes), tuple(self.settings.no), self.settings.top_logprobs)
 
     def _branch(self, run: Run, body: Mapping[str, Any], scored: Scored, said: str) -> Branch:
         from router.strategies.branches import Branch
@@ -101,9 +106,7 @@ class GenerativeVerifier:
             request["max_tokens"] = settings.max_tokens
         if settings.model:
             request["model"] = settings.model
-        if "messages" in request:
-            return request | {"logprobs": True, "top_logprobs": settings.top_logprobs}
-        return {"max_tokens": PLAIN_TOKENS, **request, "logprobs": settings.top_logprobs}
+        return request if "messages" in request else {"max_tokens": PLAIN_TOKENS, **request}
 
 
 def _check(chains: Sequence[Chain]) -> Check:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from braid.errors import BadRequest
-from router.extract import without_thinking
+from braid.thinking import without_thinking
 
 if TYPE_CHECKING:
     from router.strategies.run import Run

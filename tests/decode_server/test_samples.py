@@ -178,7 +178,7 @@ async def test_a_failed_sample_of_a_group_is_reported_and_its_siblings_go_on() -
     llm = ScriptedLLM({"r-0": [ValueError("broken")], "r-1": [5]})
     run = Run(llm, 2, final=True, report=True)
     (merged,) = await run.outputs()
-    assert texts(merged) == [(1, "r-1:[5]")]
+    assert [one.index for one in merged.outputs] == [1]
     assert sorted((number, error) for number, _, error in run.reports) == [(0, "ValueError: broken"), (1, "")]
 
 
@@ -234,6 +234,28 @@ async def test_reported_samples_carry_their_log_probability(report: bool, logpro
     llm = ScriptedLLM()
     await Run(llm, 1, final=True, report=report).outputs()
     assert llm.asked["r-0"].logprobs == logprobs
+
+
+async def test_what_has_been_reported_is_not_said_again_in_the_joint_output() -> None:
+    """Making the reply of a group of samples with their log-probabilities once more held up heartbeats."""
+    run = Run(ScriptedLLM(), 2, final=True, report=True)
+    (merged,) = await run.outputs()
+    assert [(c.index, c.text, list(c.token_ids)) for c in merged.outputs] == [(0, "", []), (1, "", [])]
+    assert sorted((number, one.outputs[0].text) for number, one, _ in run.reports) == [
+        (0, "r-0:[1, 2]"),
+        (1, "r-1:[1, 2]"),
+    ]
+
+
+async def test_a_verdict_is_looked_for_in_the_final_output() -> None:
+    from vllm.sampling_params import RequestOutputKind
+
+    llm = ScriptedLLM()
+    run = Run(llm, 1, final=True, report=True)
+    run.job.watch = wire.Verdict(("r",), ("no",), 7)
+    await run.outputs()
+    assert (llm.asked["r-0"].logprobs, llm.asked["r-0"].output_kind) == (7, RequestOutputKind.FINAL_ONLY)
+    assert run.job.confidence == {}, "it says none"
 
 
 async def test_cached_tokens_are_those_that_were_not_transferred() -> None:

@@ -32,7 +32,7 @@ def test_every_metric_that_is_named_is_exported() -> None:
 
 
 def test_every_header_that_is_named_is_sent() -> None:
-    source = (ROOT / "router" / "proof.py").read_text(encoding="utf-8")
+    source = "".join((ROOT / "router" / name).read_text(encoding="utf-8") for name in ("proof.py", "http.py"))
     for header in set(re.findall(r"x-(?:braid|request)-[a-z-]+", TEXT)):
         assert f'"{header}"' in source, header
 

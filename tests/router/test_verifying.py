@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import msgspec
@@ -14,6 +13,7 @@ from tests.router.fake_worker import FakeWorker, group_done, sample
 from tests.router.web import Web, always, http
 
 ANSWERS = ("The answer is 4.", "The answer is 5.")
+VERDICT = wire.Verdict(("yes",), ("no",), 20)
 P_YES = {ANSWERS[0]: 0.25, ANSWERS[1]: 0.75}
 
 
@@ -25,17 +25,10 @@ async def engine(worker: FakeWorker, message: wire.Decode) -> None:
         if asks != VERIFY:
             await worker.send(sample(message, index, ANSWERS[index]))
             continue
-        p = P_YES[body["messages"][-2]["content"]]
-        top = [{"token": " Yes", "logprob": math.log(p)}, {"token": " No", "logprob": math.log(1 - p)}]
+        assert message.watch == VERDICT
         told = sample(message, index, "Verification: Yes")
-        choice = msgspec.json.decode(told.choice)
-        choice["logprobs"] = {
-            "content": [
-                {"token": "Verification:", "logprob": 0.0, "top_logprobs": []},
-                {"token": " Yes", "logprob": math.log(p), "top_logprobs": top},
-            ]
-        }
-        await worker.send(msgspec.structs.replace(told, choice=msgspec.json.encode(choice)))
+        p = P_YES[body["messages"][-2]["content"]]
+        await worker.send(msgspec.structs.replace(told, confidence=p))
     await worker.send(group_done(message, body["n"]))
 
 
@@ -50,22 +43,17 @@ async def test_answers_are_verified_where_they_are(make_stand: MakeStand) -> Non
     for worker, answer in ((d0, ANSWERS[0]), (d1, ANSWERS[1])):
         first, second = await worker.expect(wire.Decode), await worker.expect(wire.Decode, 2)
         body = msgspec.json.decode(second.body)
-        assert (body["messages"][-2]["content"], body["n"], body["top_logprobs"]) == (answer, 3, 20)
+        assert (body["messages"][-2]["content"], body["n"], "logprobs" in body) == (answer, 3, False)
         assert (first.keep, second.keep, bool(second.after)) == (True, False, True)
         assert second.ticket is None, "its KV is here: nothing is prefilled"
 
 
 async def test_a_completion_is_verified_too(make_stand: MakeStand) -> None:
     async def script(worker: FakeWorker, message: wire.Decode) -> None:
-        body = msgspec.json.decode(message.body)
-        told = sample(message, message.first, " 4" if VERIFY not in body["prompt"] else "Verification: Yes")
-        choice = msgspec.json.decode(told.choice)
-        columns = {"tokens": ["Verification:", " Yes"], "token_logprobs": [0.0, math.log(0.5)]}
-        choice["logprobs"] = {
-            **columns,
-            "top_logprobs": [{}, {" Yes": math.log(0.5), " yes": math.log(0.25)}],
-        }
-        await worker.send(msgspec.structs.replace(told, choice=msgspec.json.encode(choice)))
+        verifies = VERIFY in msgspec.json.decode(message.body)["prompt"]
+        assert verifies == (message.watch == VERDICT)
+        told = sample(message, message.first, "Verification: Yes" if verifies else " 4")
+        await worker.send(msgspec.structs.replace(told, confidence=0.75 if verifies else None))
         await worker.send(group_done(message, 1))
 
     stand = await make_stand()

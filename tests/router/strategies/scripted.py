@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from braid.errors import BraidError
-from braid.wire import Watch
+from braid.wire import Verdict, Watch
 from router import strategies
 from router.retrievers import Retriever, choose
 from router.sampler import Answer, GroupUsage, Sample
@@ -55,7 +55,7 @@ class Scripted:
         self.opened: list[tuple[Mapping[str, Any], int]] = []
         self.kept: list[bool] = []
         self.after: list[Sample | None] = []
-        self.watched: list[Watch | None] = []
+        self.watched: list[Watch | Verdict | None] = []
         self.verifiers: dict[str, Verifier] = dict(_OWN)
         self.retrievers: dict[str, Retriever] = {}
         self.cancels = 0
@@ -87,7 +87,7 @@ class Scripted:
         *,
         keep: bool = False,
         after: Sample | None = None,
-        watch: Watch | None = None,
+        watch: Watch | Verdict | None = None,
     ) -> ScriptedGroup:
         assert first == sum(self.waves), "samples are numbered over all groups"
         self.opened.append((body, n))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from braid.verdict import Step, p_yes
 from router.sampler import Sample
 from router.strategies.options import ManyOptions, Options
 from router.strategies.run import Run
@@ -19,18 +20,13 @@ CHAT: Mapping[str, Any] = {"messages": [{"role": "user", "content": "2+2?"}]}
 def chain(
     index: int, tokens: Sequence[str], verdict: Mapping[str, float] | None = None, **more: Any
 ) -> Sample:
-    """A verification: its tokens, and the probabilities of the candidates in place of the last one."""
-    content = [{"token": token, "logprob": -0.5, "top_logprobs": []} for token in tokens]
+    """A verification as a worker measures it: its tokens, and the probabilities of the candidates in place
+    of the last one."""
+    told = [Step(token, ()) for token in tokens]
     if verdict is not None:
-        top = [{"token": token, "logprob": math.log(p)} for token, p in verdict.items()]
-        content[-1] = {
-            "token": tokens[-1],
-            "logprob": math.log(verdict.get(tokens[-1], 1e-9)),
-            "top_logprobs": top,
-        }
-    made = sample(index, more.pop("text", "".join(tokens)), **more)
-    made.choice["logprobs"] = {"content": content}  # type: ignore[index]
-    return made
+        told[-1] = Step(tokens[-1], tuple((token, math.log(p)) for token, p in verdict.items()))
+    text = more.pop("text", "".join(tokens))
+    return sample(index, text, confidence=p_yes(text, False, told, ["yes"], ["no"]), **more)
 
 
 def verdict(index: int, p: float, said: str = " Yes", **more: Any) -> Sample:

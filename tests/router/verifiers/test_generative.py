@@ -8,6 +8,7 @@ import pytest
 
 from braid import services
 from braid.errors import BadRequest, UpstreamFailed
+from braid.wire import Verdict
 from demo import tasks
 from router.sampler import Sample
 from router.strategies.options import ManyOptions
@@ -67,10 +68,9 @@ async def test_it_asks_as_the_next_turn_and_runs_where_the_answer_is() -> None:
             {"role": "user", "content": tasks.VERIFY_REQUEST},
         ],
         "temperature": 0.0,
-        "logprobs": True,
-        "top_logprobs": 20,
     }
     assert sampler.after == [one.sample]
+    assert sampler.watched == [Verdict(("yes",), ("no",), 20)], "the worker looks for it, nothing is shipped"
 
 
 async def test_tools_stay_in_the_prompt_but_are_not_called() -> None:
@@ -85,7 +85,7 @@ async def test_a_completion_goes_on_from_its_text() -> None:
     await scores(verifier(), [" 4"], run_of(sampler), {"prompt": ["2+2="]})
     asked = sampler.opened[0][0]
     assert asked["prompt"] == f"2+2= 4\n\n{services.VERIFY}\n"
-    assert (asked["logprobs"], "top_logprobs" in asked, asked["max_tokens"]) == (20, False, 512)
+    assert ("logprobs" in asked, asked["max_tokens"]) == (False, 512)
 
 
 async def test_token_ids_cannot_be_read() -> None:

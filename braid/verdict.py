@@ -6,10 +6,8 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from router.extract import without_thinking
-from router.sampler import Sample
+from braid.thinking import without_thinking
 
 _AROUND = " \t\r\n*_`~\"'“”‘’.,:;!?()[]{}<>|▁Ġ"
 """What may stand around a verdict within its token."""
@@ -26,16 +24,26 @@ class Step:
     candidates: tuple[tuple[str, float], ...]
 
 
-def p_yes(chain: Sample, yes: Sequence[str], no: Sequence[str]) -> float | None:
-    """The probability of all ``yes`` variants at the verdict of ``chain``, 0 to 1; None where the chain has
-    no verdict, or tells no candidates. Zhang et al. 2024 (arXiv 2408.15240), equation 7."""
-    verdict = verdict_at(chain.text, [*yes, *no], chain.finish_reason == "length")
+def p_yes(
+    text: str, truncated: bool, generated: Sequence[Step], yes: Sequence[str], no: Sequence[str]
+) -> float | None:
+    """The probability of all ``yes`` variants at the verdict of a chain, 0 to 1; None where it has no
+    verdict, or there are no candidates. Zhang et al. 2024 (arXiv 2408.15240), equation 7.
+
+    Args:
+        text: the chain as it is read.
+        truncated: it was cut off at its limit.
+        generated: its tokens.
+    """
+    verdict = verdict_at(text, [*yes, *no], truncated)
     if verdict is None:
         return None
-    step = _step_at(steps(chain), chain.text, verdict)
+    step = _step_at(generated, text, verdict)
     if step is None or not step.candidates:
         return None
-    return min(1.0, math.fsum(math.exp(logprob) for text, logprob in step.candidates if says(text, yes, no)))
+    return min(
+        1.0, math.fsum(math.exp(logprob) for token, logprob in step.candidates if says(token, yes, no))
+    )
 
 
 def verdict_at(text: str, words: Iterable[str], truncated: bool = False) -> int | None:
@@ -61,32 +69,6 @@ def says(token: str, yes: Iterable[str], no: Iterable[str]) -> bool:
     return any(one.casefold().startswith(word) for one in yes) and not any(
         one.casefold().startswith(word) for one in no
     )
-
-
-def steps(sample: Sample) -> list[Step]:
-    """The tokens of an OpenAI choice with logprobs, of chat or of completions; empty if it has none."""
-    told = sample.choice.get("logprobs") or {}
-    if "content" in told:
-        return [
-            _step(
-                entry["token"],
-                entry.get("logprob"),
-                [(top["token"], top["logprob"]) for top in entry.get("top_logprobs") or ()],
-            )
-            for entry in told["content"] or ()
-        ]
-    columns = [told.get(name) or () for name in ("tokens", "token_logprobs", "top_logprobs")]
-    return [
-        _step(token, logprob, list((top or {}).items()))
-        for token, logprob, top in zip(*columns, strict=False)
-    ]
-
-
-def _step(token: str, logprob: Any, top: list[tuple[str, float]]) -> Step:
-    """The sampled token is a candidate too, if it is not among the listed ones."""
-    if logprob is not None and all(text != token for text, _ in top):
-        top = [*top, (token, logprob)]
-    return Step(token, tuple(top))
 
 
 def _step_at(generated: Sequence[Step], text: str, place: int) -> Step | None:
