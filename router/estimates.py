@@ -88,6 +88,7 @@ def _station(worker: Worker, missing_s: float, learned: Learned, chars: int, tok
     base, seq = beat.step_base_s, beat.step_seq_s
     if base is None or seq is None:
         base, seq = STEP_BASE_S, STEP_SEQ_S
+    seq += (beat.step_token_s or 0.0) * (chars * learned.char_tokens + tokens / 2)
     return cost.Station(room, worker.inflight, base, seq, missing_s + SHARE_S if missing_s > 0 else 0.0)
 
 
