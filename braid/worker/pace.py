@@ -36,8 +36,8 @@ class Pace:
     samples that ended last, with a belief in seq and token (ridge).
 
     A sample's mean step is its duration over its tokens; width and attended tokens are means over its life, a
-    sample attending to its prompt. Call :meth:`begin` when a sample goes to the engine and :meth:`end` when it
-    has ended; who sees the steps themselves calls :meth:`note`.
+    sample attending to its prompt. Call :meth:`begin` when a sample goes to the engine and :meth:`end` when
+    it has ended; who sees the steps themselves calls :meth:`note`.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
