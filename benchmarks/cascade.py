@@ -117,8 +117,8 @@ def calibrate(small: Sequence[Outcome], large: Sequence[Outcome], slack: float =
         cost = sum(s.cost + (0 if s.score >= threshold else b.cost) for s, b in pairs)
         if right >= least - slack * len(pairs) and cost < found["cost"]:
             found = {"threshold": threshold, "cost": cost, "right": right}
-    known = found["cost"] < math.inf
-    share = found.pop("cost") / sum(one.cost for one in large) if known else None
+    cost = found.pop("cost")
+    share = cost / sum(one.cost for one in large) if cost < math.inf else None
     return {**found, "right_alone": least, "cost_share": share, "problems": len(pairs)}
 
 

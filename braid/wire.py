@@ -151,8 +151,8 @@ class Hello(_Msg, frozen=True, tag="hello"):
 class Beat(_Msg, frozen=True, tag="beat"):
     """A worker's state. ``running``/``waiting``: requests in its scheduler. ``kv_usage``: share of its
     KV cache in use, 0..1. ``staging_bytes``: bytes held for unfinished transfers (P). Of D, once known:
-    ``step_base_s`` + ``step_seq_s`` x batch is how long a decode step takes, in seconds; ``free_blocks`` of
-    its cache."""
+    ``step_base_s`` + ``step_seq_s`` x batch + ``step_token_s`` x tokens attended to is how long a decode step
+    takes, in seconds; ``free_blocks`` of its cache."""
 
     running: int = 0
     waiting: int = 0
@@ -162,6 +162,7 @@ class Beat(_Msg, frozen=True, tag="beat"):
     engine_ok: bool = True
     step_base_s: float | None = None
     step_seq_s: float | None = None
+    step_token_s: float | None = None
     free_blocks: int | None = None
 
 

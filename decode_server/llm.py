@@ -250,7 +250,7 @@ class _Samples:
             if await job.seat(number):
                 job.samples[number] = engine_id
                 stream = self._llm.plain(self._prompt, self._child_params(i), engine_id, **self._options)
-                began = job.pace.begin()
+                began = job.pace.begin(len(self._prompt.get("prompt_token_ids") or ()))
                 watched = Confidence(job.watch) if isinstance(job.watch, wire.Watch) else None
                 async for output in stream:
                     self._account(output, number)

@@ -173,7 +173,7 @@ class Fanout:
             raise Unavailable("No decode worker is ready.", retry_after_s=RETRY_AFTER_S)
         job = self.job
         home = [worker for worker in decoders if worker.name == job.home]
-        spread = self.cluster.settings.spread if job.prompts == 1 else "pack"
+        spread = self.cluster.settings.spread if self._divisible else "pack"
         local = "continued" if home and job.after else job.local
         if spread == "auto" and not job.after:
             home = []  # who has the prompt is one thing among others
@@ -272,6 +272,11 @@ class Fanout:
         ready = self.cluster.registry.ready("prefill", self.job.model)
         return [worker for worker in ready if worker is not without]
 
+    @property
+    def _divisible(self) -> bool:
+        """Whether there is one prompt, whose samples may be divided."""
+        return self.job.prompts == 1 and self.job.local != "no_prompt"
+
     def _by_cost(self, workers: Sequence[Worker], n: int, local: bool) -> tuple[placement.Placed, ...]:
         return self.cluster.estimates.divide(self.job.model, self.job.body, workers, n, local)
 
@@ -305,7 +310,7 @@ class Fanout:
     def _send_decode(self, share: Share) -> None:
         now = asyncio.get_running_loop().time()
         share.heard = now
-        if self.job.prompts == 1 and self.job.local != "no_prompt":
+        if self._divisible and self.cluster.settings.spread == "auto":
             self.cluster.estimates.prefixes.note(self.job.body, share.worker.hello.epoch)
         share.dispatch = self.cluster.link.open(share.worker, share.n * self.job.prompts, self._inbox, share)
         self._watch(share.worker)

@@ -15,7 +15,7 @@ from router.registry import Worker
 from router.validate import prompt_chars
 
 STEP_BASE_S, STEP_SEQ_S = 5e-3, 5e-5
-"""A decode step of a worker that has not measured any."""
+"""A decode step while no worker has measured any."""
 SHARE_S = 1e-3
 """What a further share costs besides its bytes: messages, and rendering the prompt once more."""
 PREFILL_CHAR_S = 2.5e-5
@@ -67,8 +67,11 @@ class Estimates:
         known, chars = self.prefixes.known(body), prompt_chars(body)
         whole_s = chars * (PREFILL_CHAR_S if local else learned.char_bytes / self._bandwidth)
         tokens = min(learned.tokens, _most(body))
+        steps = _steps(workers)
         stations = [
-            _station(worker, whole_s * (1 - known.get(worker.hello.epoch, 0.0)), learned, chars, tokens)
+            _station(
+                worker, steps, whole_s * (1 - known.get(worker.hello.epoch, 0.0)), learned, chars, tokens
+            )
             for worker in workers
         ]
         shares, first = [], 0
@@ -79,15 +82,36 @@ class Estimates:
         return tuple(shares)
 
 
-def _station(worker: Worker, missing_s: float, learned: Learned, chars: int, tokens: float) -> cost.Station:
+Steps = tuple[float, float, float]
+"""Seconds of a decode step: base, for each sequence, for each token attended to."""
+
+
+def _measured(beat: wire.Beat) -> Steps | None:
+    if beat.step_base_s is None or beat.step_seq_s is None:
+        return None
+    return beat.step_base_s, beat.step_seq_s, beat.step_token_s or 0.0
+
+
+def _steps(workers: Sequence[Worker]) -> Steps:
+    """What a worker is taken for that has not measured any steps: the mean of those that have, so that it is
+    neither avoided nor sought."""
+    known = [steps for worker in workers if (steps := _measured(worker.beat)) is not None]
+    if not known:
+        return STEP_BASE_S, STEP_SEQ_S, 0.0
+    base, seq, token = (sum(values) / len(known) for values in zip(*known, strict=True))
+    return base, seq, token
+
+
+def _station(
+    worker: Worker, steps: Steps, missing_s: float, learned: Learned, chars: int, tokens: float
+) -> cost.Station:
     hello, beat = worker.hello, worker.beat
     room = hello.slots - worker.inflight
     if beat.free_blocks is not None:
         left = beat.free_blocks - math.ceil(chars * learned.char_tokens / hello.block_size)
         room = min(room, int(left // math.ceil(1 + tokens / hello.block_size)))
-    base, seq = beat.step_base_s, beat.step_seq_s
-    if base is None or seq is None:
-        base, seq = STEP_BASE_S, STEP_SEQ_S
+    base, seq, token = _measured(beat) or steps
+    seq += token * (chars * learned.char_tokens + tokens / 2)
     return cost.Station(room, worker.inflight, base, seq, missing_s + SHARE_S if missing_s > 0 else 0.0)
 
 

@@ -76,7 +76,7 @@ class Engine:
         seconds = self._model.seconds(len(step.work), step.attended_tokens, step.prefill_tokens)
         self.busy_s += seconds
         if not step.prefill_tokens:
-            self.pace.note(len(step.work), seconds * self.time_scale)
+            self.pace.note(len(step.work), step.attended_tokens, seconds * self.time_scale)
         self._due += seconds * self.time_scale
         self._timer = self._loop.call_at(self._due, self._end, step)
 

@@ -192,6 +192,21 @@ def test_a_worker_with_slower_steps_gets_fewer_samples() -> None:
     assert names(Estimates(), [fast, slow], 16, chat("hi")) == {"d0": 12, "d1": 4}
 
 
+def test_a_worker_that_has_measured_nothing_is_taken_for_one_like_the_others() -> None:
+    workers = [worker("decode", f"d{i}", slots=64) for i in range(3)]
+    workers[0].beat = wire.Beat(step_base_s=0.001, step_seq_s=0.001)
+    assert names(Estimates(), workers, 30, chat("hi")) == {"d0": 10, "d1": 10, "d2": 10}
+
+
+def test_a_long_prompt_is_divided_where_what_it_costs_a_step_says_so() -> None:
+    body = chat("a" * 24_000)
+    workers = [worker("decode", f"d{i}", slots=64) for i in range(2)]
+    for costs, used_by in ((0.0, 1), (1e-7, 2)):
+        for one in workers:
+            one.beat = wire.Beat(step_base_s=0.003, step_seq_s=1e-6, step_token_s=costs)
+        assert len(names(Estimates(), workers, 32, body)) == used_by
+
+
 def test_lengths_and_bytes_are_learned_from_what_shares_report() -> None:
     body = chat("a" * 1000)
     workers = [worker("decode", f"d{i}", slots=64) for i in range(2)]
