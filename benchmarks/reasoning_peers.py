@@ -238,6 +238,7 @@ class Run:
             meter = LoadMeter(lambda: stack.cpu_seconds() + self.driver.cpu_seconds())
             replies = [method.answer(stack, client, ask) for ask in asks]
             load = meter.read()
+            load.stack_nice = stack.niceness() if stack.processes else 0
             engines = engine_tokens(difference(before, counters(stack)))
             turn = Turn(part, name, method.stack, number, position, len(block), engines, load)
             if part == "judge":
