@@ -75,7 +75,11 @@ def open_client(url: str, concurrency: int) -> httpx.AsyncClient:
         headers=headers,
         trust_env=False,
         timeout=httpx.Timeout(REPLY_S, connect=CONNECT_S),
-        limits=httpx.Limits(max_connections=concurrency + 1, max_keepalive_connections=concurrency + 1),
+        limits=httpx.Limits(
+            max_connections=concurrency + 1,
+            max_keepalive_connections=concurrency + 1,
+            keepalive_expiry=2.0,  # before the server closes one: a request sent just then would be lost
+        ),
     )
 
 

@@ -3,7 +3,7 @@
 A flow is one dispatch. Seats go by (priority, virtual start), token-weighted (:mod:`braid.fair`): a seat
 costs what the flow's samples are expected to generate, corrected when the sample ends. Samples of groups
 together hold at most ``group_width`` seats while single requests are about, so that these meet a batch of
-bounded width; else they may take all.
+bounded width; else they may take all but one in eight.
 """
 
 from __future__ import annotations
@@ -16,6 +16,10 @@ from braid.fair import Entry, FairQueue, Flow
 
 EXPECTED_TOKENS = 256
 """Taken for the length of a flow's samples until one has ended, unless they may not be as long."""
+
+_FOR_SINGLES = 8
+"""One seat in so many is never a group's, so that the first single request after a calm need not wait for a
+sample to end; of one seat, groups may have it."""
 
 Turn = Callable[[bool], None]
 """Told once: True, the seat is there; False, the wait was given up before it was. Must not raise."""
@@ -87,8 +91,9 @@ class Seats:
     @property
     def width(self) -> int:
         """Seats that groups may hold together now."""
+        most = max(1, self.capacity - max(1, self.capacity // _FOR_SINGLES))
         crowded = self._singles or self._now() < self._calm_at
-        return min(self.group_width, self.capacity) if crowded else self.capacity
+        return min(self.group_width, most) if crowded else most
 
     def ask(self, flow: DispatchFlow, turn: Turn) -> Seat:
         """Ask for a seat; ``turn`` may be told before this returns."""

@@ -38,7 +38,7 @@ async def test_a_group_is_narrow_beside_a_single_request_and_wide_without(desk: 
 
 
 async def test_samples_that_wait_are_cancelled_without_a_token(desk: Desk) -> None:  # noqa: F811
-    desk.worker.service.seats.capacity = 2  # type: ignore[union-attr]
+    desk.worker.service.seats.capacity = 3  # type: ignore[union-attr]
     desk.decode(1, "[sim tokens=3000]", n=6, several=True)
     await desk.running(2)
     desk.service.cancel(wire.Cancel(1, (3, 4)))
@@ -56,7 +56,7 @@ async def test_the_order_of_starting_changes_no_sample(desk: Desk) -> None:  # n
     await desk.until(wire.GroupDone)
     whole = {sample.index: sample.text for sample in desk.of(wire.Sample)}
     desk.sent.clear()
-    desk.worker.service.seats.capacity = 2  # type: ignore[union-attr]
+    desk.worker.service.seats.capacity = 3  # type: ignore[union-attr]
     desk.decode(2, "hello [sim tokens=30]", n=8, several=True)
     await desk.until(wire.GroupDone)
     assert {sample.index: sample.text for sample in desk.of(wire.Sample)} == whole

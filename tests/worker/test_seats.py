@@ -53,10 +53,12 @@ def group(priority: int = 0) -> DispatchFlow:
     return DispatchFlow(group=True, priority=priority, most=100)
 
 
-def test_groups_take_every_seat_while_no_single_request_is_about() -> None:
-    room = Room()
-    room.fill(group(), "g", 12)
-    assert (room.seats.held, room.seats.waiting) == (8, 4)
+def test_groups_take_all_seats_but_one_in_eight_while_no_single_request_is_about() -> None:
+    room = Room(capacity=16)
+    room.fill(group(), "g", 20)
+    assert (room.seats.held, room.seats.waiting) == (14, 6)
+    room.ask(DispatchFlow(), "s")
+    assert room.seated[-1] == "s", "so it waits for no sample to end"
 
 
 def test_beside_a_single_request_groups_keep_to_their_width_until_it_has_been_calm() -> None:
@@ -68,7 +70,7 @@ def test_beside_a_single_request_groups_keep_to_their_width_until_it_has_been_ca
     room.clock.pass_by(2.9)
     assert room.seats.held == 2
     room.clock.pass_by(0.2)
-    assert room.seats.held == 8
+    assert room.seats.held == 7
 
 
 def test_a_single_request_that_comes_meanwhile_keeps_groups_narrow() -> None:
@@ -85,11 +87,12 @@ def test_a_single_request_that_comes_meanwhile_keeps_groups_narrow() -> None:
 
 def test_a_single_request_passes_groups_that_wait() -> None:
     room = Room(capacity=4)
-    flow = group()
-    first = room.fill(flow, "g", 8)[0]
     room.ask(DispatchFlow(), "s")
+    first = room.fill(group(), "g", 8)[0]
+    for _ in range(2):
+        room.ask(DispatchFlow(), "s")
     room.seats.leave(first, 10)
-    assert room.seated[-1] == "s"
+    assert room.seated == ["s", "g", "g", "s", "s"]
 
 
 def test_groups_of_short_and_of_long_samples_get_as_many_tokens() -> None:
