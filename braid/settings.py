@@ -122,6 +122,9 @@ class RouterSettings(ProcessSettings):
     max_n: int = Field(128, ge=1, description="most samples of one request")
     max_inflight: int = Field(256, ge=1, description="samples running at the same time")
     queue_limit: int = Field(256, ge=0, description="requests waiting for a slot; more are refused")
+    group_share: float = Field(
+        0.75, gt=0, le=1, description="share of max_inflight that requests of several samples may hold"
+    )
     queue_timeout_s: float = Field(30.0, gt=0, description="longest wait for a slot")
     request_timeout_s: float = Field(600.0, gt=0, description="deadline of a request")
     prefill_timeout_s: float = Field(60.0, gt=0, description="deadline of a remote prefill")
@@ -301,6 +304,19 @@ class DecodeSettings(WorkerSettings):
     max_kept_share: float = Field(
         0.25, ge=0, le=1, description="share of it that ended samples may hold for what goes on from them"
     )
+    group_width: int = Field(
+        0,
+        ge=0,
+        description="most samples of groups that run while single requests are about "
+        "(0: a quarter of what the engine runs at a time)",
+    )
+    calm_s: float = Field(
+        2.0, ge=0, le=600, description="seconds without a single request after which groups may take all"
+    )
+
+    def width_of(self, slots: int) -> int:
+        """``group_width`` on an engine that runs ``slots`` sequences at a time."""
+        return self.group_width or max(1, slots // 4)
 
 
 def _require_keys(keys_dir: Path | None, endpoint: str) -> None:

@@ -298,6 +298,10 @@ class Decode(_Msg, frozen=True, tag="decode"):
     """In mode ``samples``: what is measured of the samples, and which are ended for it."""
     group: str = ""
     """Id of the request's group, for logs."""
+    several: bool = False
+    """Of a request that runs several samples at a time: they take the seats of groups."""
+    priority: int = 0
+    """Lower is earlier, in taking seats and where the engine schedules by priority."""
 
 
 class Lost(_Msg, frozen=True, tag="lost"):

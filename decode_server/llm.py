@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import contextvars
 import copy
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from braid import wire
 from braid.proof import merge
 from braid.worker.pace import Pace
 from braid.worker.prompt import shareable
+from braid.worker.seats import DispatchFlow, Seat, Seats
 from braid.worker.source import Source
 from decode_server import beams
 from decode_server.confidence import Confidence
@@ -37,6 +38,7 @@ class Job:
 
     Attributes:
         first: number of the share's first sample in the group.
+        seats, flow: where its samples take their seats, and as whose.
         on_sample: set in mode ``samples``: every sample is reported when it ends.
         keep: set if samples are to be kept: what their names begin with (``{keep}-{number}``).
         after: name of the kept sample that the body goes on from; empty if none.
@@ -47,13 +49,16 @@ class Job:
         watch: what is measured of the samples, None if nothing is.
         confidence: what it gave, by sample number.
         beams: engine request ids of the running steps of a beam search; None if it is none.
+        priority: the engine's own, 0 where it knows none.
         pace: of the worker; its samples are measured by it.
     """
 
     source: Source
     prefixes: Prefixes
     kept: KeptSamples
-    first: int = 0
+    first: int
+    seats: Seats
+    flow: DispatchFlow
     on_sample: Ended | None = None
     keep: str = ""
     after: str = ""
@@ -65,9 +70,29 @@ class Job:
     watch: wire.Watch | wire.Verdict | None = None
     confidence: dict[int, float] = field(default_factory=dict)
     beams: set[str] | None = None
+    priority: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     pace: Pace = field(default_factory=Pace)
+    _taken: dict[int, Seat] = field(default_factory=dict)
+
+    async def seat(self, number: int) -> bool:
+        """Wait for a sample's seat; False if nobody wants the sample any more. Pairs with
+        :meth:`stand_up`, also where it is cancelled."""
+        if number in self.cancelled:
+            return False
+        return await self.seats.sit(self.flow, lambda seat: self._taken.update({number: seat}))
+
+    def stand_up(self, number: int, tokens: int) -> None:
+        """End a sample that generated ``tokens``, with or without a seat. Idempotent."""
+        if (seat := self._taken.pop(number, None)) is not None:
+            self.seats.leave(seat, tokens)
+
+    def give_up(self, numbers: Iterable[int]) -> None:
+        """End the wait of samples that have no seat yet."""
+        for number in numbers:
+            if (seat := self._taken.get(number)) is not None and seat.entry is not None:
+                self.seats.leave(seat)
 
     def name_of(self, number: int) -> str:
         """What a sample is kept as; empty if it is not."""
@@ -183,8 +208,9 @@ class _Samples:
         self._prompt = prompt
         self._params = params
         self._request_id = request_id
-        self._options = options
+        self._options = {**options, "priority": job.priority} if job.priority else options
         self._base = job.first + part * params.n
+        job.flow.most = params.max_tokens
         self._queue: asyncio.Queue[RequestOutput | BaseException | None] = asyncio.Queue()
 
     async def outputs(self) -> AsyncGenerator[RequestOutput, None]:
@@ -219,9 +245,10 @@ class _Samples:
         number, last, error, began = self._base + i, None, "", None
         job = self._job
         job.generated[number] = 0
-        engine_id = job.samples[number] = f"{self._request_id}-{number}"
+        engine_id = f"{self._request_id}-{number}"
         try:
-            if number not in job.cancelled:
+            if await job.seat(number):
+                job.samples[number] = engine_id
                 stream = self._llm.plain(self._prompt, self._child_params(i), engine_id, **self._options)
                 began = job.pace.begin(len(self._prompt.get("prompt_token_ids") or ()))
                 watched = Confidence(job.watch) if isinstance(job.watch, wire.Watch) else None
@@ -241,7 +268,8 @@ class _Samples:
             error = f"{type(failure).__name__}: {failure}"
             self._queue.put_nowait(failure if job.on_sample is None else None)
         finally:
-            del job.samples[number]
+            job.samples.pop(number, None)
+            job.stand_up(number, job.generated[number])
             if began is not None:
                 job.pace.end(began, job.generated[number])
             self._keep(number, last)

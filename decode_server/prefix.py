@@ -43,14 +43,14 @@ class Held:
 class Prefixes:
     """Imports of a decode worker.
 
-    At most ``max_load_share`` of the cache is held by imports at a time; more wait, first come first
-    served, so that samples that run always find blocks. ``acquire`` and ``release`` pair up; a cancelled
-    ``acquire`` has released what it took.
+    At most ``capacity`` blocks are held by imports at a time; more wait, first come first served, so that
+    samples that run always find blocks (:mod:`decode_server.room`). ``acquire`` and ``release``
+    pair up; a cancelled ``acquire`` has released what it took.
     """
 
-    def __init__(self, engine: Engine, max_load_share: float, load_timeout_s: float) -> None:
+    def __init__(self, engine: Engine, capacity: int, load_timeout_s: float) -> None:
         self._engine = engine
-        self._capacity = int(engine.blocks * max_load_share)
+        self._capacity = capacity
         self._timeout_s = load_timeout_s
         self._names = itertools.count()
         self._held = 0

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 from vllm.outputs import RequestOutput
 
 from braid import wire
@@ -18,12 +19,15 @@ from braid.worker.asgi import post
 from braid.worker.counters import Counters
 from braid.worker.engine import Engine
 from braid.worker.pace import Pace
+from braid.worker.seats import DispatchFlow, Seats
 from braid.worker.source import Source
 from decode_server import beams
 from decode_server.choices import ChoiceMaker
 from decode_server.kept import KeptSamples
 from decode_server.llm import JOB, Job
+from decode_server.metrics import show_seats
 from decode_server.prefix import Prefixes
+from decode_server.room import divide, longest_sequence
 
 log = logging.getLogger("braid.decode")
 
@@ -48,20 +52,27 @@ class DecodeService:
     def __init__(self, engine: Engine, send: Send, settings: DecodeSettings) -> None:
         self._engine = engine
         self._send = send
-        self._prefixes = Prefixes(engine, settings.max_load_share, settings.load_timeout_s)
-        kept = int(engine.blocks * settings.max_kept_share)
-        self._kept = KeptSamples(kept, engine.block_size, self._prefixes.let_go)
+        longest = longest_sequence(engine.groups, engine.max_model_len, engine.chunk)
+        room = divide(engine.blocks, longest, settings.max_load_share, settings.max_kept_share)
+        log.info("cache_room", extra={"blocks": engine.blocks, "imports": room.imports, "kept": room.kept})
+        self._prefixes = Prefixes(engine, room.imports, settings.load_timeout_s)
+        self._kept = KeptSamples(room.kept, engine.block_size, self._prefixes.let_go)
         self._running: dict[int, _Dispatch] = {}
         self._counters = Counters(engine)
+        self.seats = Seats(engine.slots, settings.width_of(engine.slots), settings.calm_s)
+        show_seats(self.seats)
         self._pace = Pace()
 
     def start(self, message: wire.Prefill | wire.Decode) -> None:
         if isinstance(message, wire.Prefill) or message.ref in self._running:
             log.warning("unexpected_dispatch", extra={"ref": message.ref})
             return
-        job = Job(Source(message.ticket, message.reason), self._prefixes, self._kept, message.first)
+        flow = DispatchFlow(group=message.several, priority=message.priority)
+        source = Source(message.ticket, message.reason)
+        job = Job(source, self._prefixes, self._kept, message.first, self.seats, flow)
         job.keep = message.request_id if message.keep and message.mode == "samples" else ""
         job.after = message.after
+        job.priority = message.priority if self._engine.by_priority else 0
         job.watch = message.watch if message.mode == "samples" else None
         job.pace = self._pace
         job.beams = set() if beams.searches(message.body) else None
@@ -80,6 +91,7 @@ class DecodeService:
             dispatch.task.cancel()
             return
         dispatch.job.cancelled.update(message.samples)
+        dispatch.job.give_up(message.samples)
         wanted = [dispatch.job.samples[i] for i in message.samples if i in dispatch.job.samples]
         wanted += dispatch.job.beams or ()
         if wanted:
@@ -100,7 +112,8 @@ class DecodeService:
                 dispatch.task.cancel()
 
     def beat(self) -> wire.Beat:
-        return self._pace.tell(self._counters.beat())
+        beat = self._pace.tell(self._counters.beat())
+        return msgspec.structs.replace(beat, waiting=beat.waiting + self.seats.waiting)
 
     async def refresh(self) -> None:
         await self._counters.refresh()
@@ -115,6 +128,7 @@ class DecodeService:
             "kept": len(self._kept),
             "loads": self._counters.kv.loads,
             "import_blocks": self._prefixes.held_blocks,
+            **self.seats.stats(),
         }
 
     async def _guard(self, dispatch: _Dispatch, run: Callable[[_Dispatch], Any]) -> None:
@@ -216,7 +230,14 @@ class DecodeService:
 
         headers = (*message.headers, ("x-request-id", message.request_id))
         body = beams.widened(message.body)
-        await post(self._engine.app, message.target, body, headers, on_start, chunks.append)
+        try:
+            if not await job.seat(message.first):  # one for the whole search: its steps are of one token
+                self._send(wire.Sample(message.ref, message.first, "cancelled"))
+                self._send(wire.GroupDone(message.ref, 200))
+                return
+            await post(self._engine.app, message.target, body, headers, on_start, chunks.append)
+        finally:
+            job.stand_up(message.first, sum(job.generated.values()))
         reply, tokens = b"".join(chunks), sum(job.generated.values())
         if status == 200:
             self._send(beams.best(message.ref, message.first, reply, tokens))

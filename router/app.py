@@ -7,6 +7,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
 from typing import Any
 
 from braid.errors import (
@@ -47,6 +48,16 @@ _OPEN = ("/health", "/ready")
 _TARGETS: dict[Endpoint, str] = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 
 
+@dataclass(frozen=True, slots=True)
+class _Claim:
+    """What a request asks of admission; as :meth:`router.admission.Admission.slots` takes it."""
+
+    slots: int
+    tenant: str
+    priority: int = 0
+    until: float | None = None
+
+
 class App:
     """Owns the parts of a router. :meth:`start` before the first request, :meth:`stop` after the last."""
 
@@ -69,7 +80,11 @@ class App:
             Estimates(settings.kv_bandwidth),
         )
         self.admission = Admission(
-            settings.max_inflight, settings.queue_limit, settings.queue_timeout_s, self.metrics
+            settings.max_inflight,
+            settings.queue_limit,
+            settings.queue_timeout_s,
+            self.metrics,
+            settings.group_share,
         )
         self.efforts = efforts.load(settings.effort_table)
         auto.check(self.efforts)
@@ -177,10 +192,13 @@ class App:
         plan = reasoning.split(body, self.registry.models(), self.settings.effort)
         request = validate(endpoint, body, self.settings.max_n)
         model = self.cluster.served_model(request.model)
+        priority = body.pop("priority", None) or 0  # vLLM refuses one unless it schedules by it
         if tenant:
             body["cache_salt"] = _salt(tenant, body.get("cache_salt"))
-        plan = None if plan is None else models.resolved(plan, self.cluster)
-        strategy = None if plan is None else reasoning.prepare(plan, request, self.settings, self.efforts)
+        strategy = None
+        if plan is not None:
+            plan = models.resolved(plan, self.cluster)
+            strategy = reasoning.prepare(plan, request, self.settings, self.efforts)
         if strategy is None and call.path == RESPONSES and (request.n or 1) > 1:
             raise BadRequest("A response has one answer: choose among samples.", param="reasoning.n")
         job = Job(
@@ -193,6 +211,8 @@ class App:
             prompts=request.prompts,
             headers=call.headers_for_workers(),
             local=self._local(request),
+            several=(request.n or 1) * request.prompts > 1,
+            priority=priority,
             trace=call.trace,
             group=call.begin_group(),
         )
@@ -204,16 +224,16 @@ class App:
         if strategy is None:
             call.trace.note(n=n)
             work = plain.run(self.cluster, call, job, request.stream, entry)
-            await self._serve(call, label, n * job.prompts, work, entry)
+            await self._serve(call, label, _Claim(n * job.prompts, tenant, priority), work, entry)
             return
         call.trace.note(strategy=strategy.spec.name, n=n)
+        claim = _Claim(strategy.slots, tenant, priority, reasoning.due(call, strategy))
         if request.stream and (found := streamed(strategy.spec, strategy.options, job, call.received)):
             self.metrics.strategies.labels(strategy.spec.name).inc()
             work = plain.run(self.cluster, call, found[0], True, entry, found[1])
-            await self._serve(call, label, 1, work, entry)
-            return
-        work = reasoning.run(self.cluster, call, job, strategy, request.stream, entry)
-        await self._serve(call, label, strategy.slots, work, entry)
+        else:
+            work = reasoning.run(self.cluster, call, job, strategy, request.stream, entry)
+        await self._serve(call, label, claim, work, entry)
 
     async def _passthrough(self, call: Call, tenant: str) -> None:
         body = await self._body(call)
@@ -230,7 +250,8 @@ class App:
             local="no_prompt",
             trace=call.trace,
         )
-        await self._serve(call, call.path.strip("/"), 1, plain.passthrough(self.cluster, call, job))
+        work = plain.passthrough(self.cluster, call, job)
+        await self._serve(call, call.path.strip("/"), _Claim(1, tenant), work)
 
     async def _body(self, call: Call) -> dict[str, Any]:
         return parse_body(await call.read_body())
@@ -244,12 +265,12 @@ class App:
         self,
         call: Call,
         endpoint: str,
-        slots: int,
+        claim: _Claim,
         work: Coroutine[Any, Any, None],
         entry: Entry | None = None,
     ) -> None:
         """Admit, run and count a request; it ends exactly once, whatever happens."""
-        task = asyncio.create_task(call.while_connected(self._admitted(call, endpoint, slots, work)))
+        task = asyncio.create_task(call.while_connected(self._admitted(call, endpoint, claim, work)))
         self._running.add(task)
         outcome = "failed"
         try:
@@ -269,8 +290,13 @@ class App:
             if entry is not None:
                 entry.end(outcome)
 
-    async def _admitted(self, call: Call, endpoint: str, slots: int, work: Coroutine[Any, Any, None]) -> None:
-        async with self.admission.slots(slots):
+    async def _admitted(
+        self, call: Call, endpoint: str, claim: _Claim, work: Coroutine[Any, Any, None]
+    ) -> None:
+        turn = self.admission.slots(
+            claim.slots, tenant=claim.tenant, priority=claim.priority, until=claim.until
+        )
+        async with turn:
             self.metrics.accepted.labels(endpoint).inc()
             outcome = "failed"
             try:

@@ -47,6 +47,10 @@ class Job:
         home: name of the decode worker that has the prompt already; used if it is ready.
         after: what ``home`` knows the sample by that the body goes on from.
         watch: what the decode workers measure of the samples (mode ``samples``).
+        several: whether the request runs several samples at a time.
+        priority: lower is earlier.
+        cut_at: on the event loop's clock, when nobody waits for the samples any more (mode ``samples``): its
+            answer is due, and what runs is cancelled without hearing what becomes of it.
         trace: span that those of the dispatches are below.
         group: id of the request's group, for the workers' logs.
     """
@@ -66,6 +70,9 @@ class Job:
     home: str = ""
     after: str = ""
     watch: wire.Watch | wire.Verdict | None = None
+    several: bool = False
+    priority: int = 0
+    cut_at: float | None = None
     trace: Trace = OFF
     group: str = ""
 
@@ -73,7 +80,8 @@ class Job:
 @dataclass(slots=True, eq=False)
 class Share:
     """Consecutive samples on one decode worker. ``begun``: its answer has started, so it can no longer
-    move to another worker unseen."""
+    move to another worker unseen. ``only``: the numbers among them that it is to draw, None: all. ``told``:
+    those it has reported (mode ``samples``)."""
 
     worker: Worker
     first: int
@@ -85,7 +93,19 @@ class Share:
     moved: bool = False
     heard: float = 0.0
     kv: wire.KvRecord | None = None
+    only: frozenset[int] | None = None
+    told: set[int] = field(default_factory=set)
     span: Trace = OFF
+
+    def owes(self, number: int) -> bool:
+        """Whether it is still to report this sample."""
+        mine = self.first <= number < self.first + self.n and (self.only is None or number in self.only)
+        return mine and not self.ended and number not in self.told
+
+    @property
+    def left(self) -> list[int]:
+        """Numbers that it is still to report, in order."""
+        return [i for i in range(self.first, self.first + self.n) if self.owes(i)]
 
 
 @dataclass(slots=True, eq=False)
@@ -103,7 +123,8 @@ class Producer:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """A share ended without its answer, beyond repair."""
+    """A share ended without its answer, beyond repair; of its samples, those stay that
+    :meth:`Fanout.copies` counts."""
 
     error: BraidError
 
@@ -125,6 +146,8 @@ class Fanout:
     _inbox: Inbox = field(default_factory=Inbox)
     _watched: set[Worker] = field(default_factory=set)
     _ticket_id: bytes = field(default_factory=lambda: secrets.token_bytes(16))
+    _redrawn: set[int] = field(default_factory=set)
+    _ends_at: float = float("inf")
     _prefill_retried: bool = False
     _closed: bool = False
 
@@ -133,6 +156,11 @@ class Fanout:
         """Names of the prefill workers that the shares pull from, or have pulled from; may be empty."""
         pulled = [s.prefill for s in self.shares if s.prefill and (s.kv is None or s.kv.path == "remote")]
         return ",".join(dict.fromkeys(p.worker.name for p in pulled))
+
+    @property
+    def redrawn(self) -> int:
+        """Samples that were drawn a second time."""
+        return len(self._redrawn)
 
     def start(self) -> None:
         """Place the job and send everything at once.
@@ -190,6 +218,20 @@ class Fanout:
             mine = tuple(i for i in indices if share.first <= i < share.first + share.n)
             if mine and not share.ended and share.dispatch is not None:
                 self.cluster.link.send(share.worker, wire.Cancel(share.dispatch.ref, mine))
+
+    def redraw(self, indices: Sequence[int]) -> None:
+        """Draw samples once more on other workers than they run on (mode ``samples``), as far as there are
+        any. Both copies report; a sample is drawn at most twice."""
+        for share in list(self.shares):
+            self._redraw(share, [i for i in share.left if i in indices], "straggler")
+
+    def end_within(self, seconds: float) -> None:
+        """Wait no longer than this for what the shares that still run have to say (mode ``samples``)."""
+        self._ends_at = min(self._ends_at, asyncio.get_running_loop().time() + seconds)
+
+    def copies(self, index: int) -> int:
+        """How many shares are still to report this sample."""
+        return sum(share.owes(index) for share in self.shares)
 
     def close(self) -> None:
         """Cancel whatever still runs, at once, and stop listening. Idempotent."""
@@ -291,6 +333,8 @@ class Fanout:
             after=self.job.after if share.worker.name == self.job.home else "",
             watch=self.job.watch,
             group=self.job.group,
+            several=self.job.several,
+            priority=self.job.priority,
         )
         self.cluster.link.send(share.worker, message)
 
@@ -322,7 +366,11 @@ class Fanout:
     ) -> list[tuple[Share, FromShare]]:
         share.begun = True
         share.span.heard(message)
-        if not isinstance(message, wire.Sample) and message.kv is not None:
+        if isinstance(message, wire.Sample):
+            wanted = share.owes(message.index)
+            share.told.add(message.index)
+            return [(share, message)] if wanted else []
+        if message.kv is not None:
             share.kv = message.kv
         if isinstance(message, wire.GroupDone):
             share.ended = True
@@ -354,6 +402,8 @@ class Fanout:
                 self._replace_producer(producer, "prefill_lost")
         for share in [s for s in self.shares if s.worker is gone.worker and not s.ended]:
             if not self._move(share, "decode_lost"):
+                if share.begun and self.job.mode == "samples":
+                    self._redraw(share, share.left, "decode_lost")
                 error = Unavailable("The decode worker of this request is gone.", retry_after_s=RETRY_AFTER_S)
                 answers.append(self._fail(share, error))
         return answers
@@ -422,10 +472,33 @@ class Fanout:
         self._send_decode(share)
         return True
 
+    def _redraw(self, share: Share, numbers: Sequence[int], reason: str) -> None:
+        """Have another decode worker draw samples of a share, those for which it is the first time. The
+        prompt is asked of a prefill worker again, which has it in its prefix cache."""
+        numbers = [i for i in numbers if i not in self._redrawn]
+        others = self._decoders(share.worker)
+        if not numbers or not others:
+            return
+        n = numbers[-1] - numbers[0] + 1
+        plan = placement.place(
+            others, self._prefillers(), self.cluster.pairs.usable, n, "pack", self.job.local
+        )
+        again = Share(plan.shares[0].worker, numbers[0], n, moved=True, only=frozenset(numbers))
+        self._redrawn.update(numbers)
+        self.shares.append(again)
+        self.cluster.metrics.retries.labels("sample", reason).inc(len(numbers))
+        self.reason = plan.reason
+        if plan.prefill is not None:
+            self._send_prefill(plan.prefill, [again])
+        self._send_decode(again)
+        between = tuple(i for i in range(again.first, again.first + n) if not again.owes(i))
+        if between and again.dispatch is not None:
+            self.cluster.link.send(again.worker, wire.Cancel(again.dispatch.ref, between))
+
     # Time
 
     def _next_timer(self) -> float:
-        timers = [self.job.deadline]
+        timers = [self.job.deadline, self._ends_at, self.job.cut_at or float("inf")]
         timers += [p.deadline for p in self.producers if not p.done and not p.failed]
         if self.job.mode == "http":
             silence = self.cluster.settings.inter_token_timeout_s
@@ -433,6 +506,8 @@ class Fanout:
         return min(timers)
 
     def _on_time(self, now: float) -> list[tuple[Share, FromShare]]:
+        if now >= min(self._ends_at, self.job.cut_at or float("inf")):
+            return [self._fail(share, _cut()) for share in self.shares if not share.ended]
         if now >= self.job.deadline:
             raise DeadlineExceeded("The deadline of this request has passed.")
         for producer in [p for p in self.producers if not p.done and not p.failed and now >= p.deadline]:
@@ -444,6 +519,12 @@ class Fanout:
         return [
             self._fail(s, DeadlineExceeded("The decode worker fell silent.", code="silent")) for s in silent
         ]
+
+
+def _cut() -> DeadlineExceeded:
+    return DeadlineExceeded(
+        "no sample finished within deadline_s: raise it, or lower max_tokens", param="reasoning.deadline_s"
+    )
 
 
 __all__ = ["Event", "Failed", "Fanout", "FromShare", "Job", "Producer", "Share"]

@@ -25,6 +25,9 @@ log = logging.getLogger("braid.router.groups")
 CLOSE_S = 5.0
 """Longest wait for the samples of a closed group to end."""
 
+COPY_S = 0.25
+"""Longest wait for what the copies of redrawn samples have cost, once every sample has ended."""
+
 _STATES: dict[str, State] = {"finished": "finished", "cancelled": "stopped_early", "failed": "failed"}
 _BY_STATUS: dict[int, type[BraidError]] = {
     kind.status: kind
@@ -156,6 +159,9 @@ class WorkerGroup:
         running = self._outstanding if indices is None else self._outstanding.intersection(indices)
         self.fanout.cancel(sorted(running))
 
+    async def redraw(self, indices: tuple[int, ...]) -> None:
+        self.fanout.redraw(sorted(self._outstanding.intersection(indices)))
+
     async def _wind_down(self) -> None:
         """Cancel what runs and read on until every share has told its usage."""
         await self.cancel()
@@ -201,10 +207,16 @@ class WorkerGroup:
             yield sample
 
     def _on_sample(self, share: Share, message: wire.Sample) -> list[Sample]:
+        self._tokens[share] = self._tokens.get(share, 0) + message.tokens
         if message.index not in self._outstanding:
             return []
+        if self.fanout.copies(message.index):
+            if message.state != "finished":
+                return []  # its other copy may yet finish
+            self.fanout.cancel((message.index,))
         self._outstanding.discard(message.index)
-        self._tokens[share] = self._tokens.get(share, 0) + message.tokens
+        if self.fanout.redrawn and not self._outstanding:
+            self.fanout.end_within(COPY_S)
         self._produced = self._produced or message.state != "failed"
         ready, self._held = (
             [*self._held, _sample(message, share.worker.name, self.fanout.kept(message.index))],
@@ -226,10 +238,12 @@ class WorkerGroup:
     def _missing(self, share: Share, error: BraidError | None) -> list[Sample]:
         """The samples that a share ended without. Held back while nothing has been produced: then the
         group as a whole may turn out to be an error."""
-        missing = sorted(self._outstanding.intersection(range(share.first, share.first + share.n)))
+        mine = self._outstanding.intersection(range(share.first, share.first + share.n))
+        missing = sorted(i for i in mine if not self.fanout.copies(i))
         self._outstanding.difference_update(missing)
         reason = error.message if error is not None else "The worker ended without this sample."
-        samples = [Sample(index, "failed", error=reason) for index in missing]
+        state: State = "stopped_early" if isinstance(error, errors.DeadlineExceeded) else "failed"
+        samples = [Sample(index, state, error=reason) for index in missing]
         if self._produced or (error is None and missing):
             return samples
         self._held += samples

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -29,6 +30,10 @@ from router.validate import Request, integer
 _SUFFIX = re.compile(r"(?P<strategy>[a-z][a-z0-9_]{0,63})(:(?P<n>[0-9]{1,6}))?")
 _SSE = [("content-type", "text/event-stream; charset=utf-8"), ("cache-control", "no-cache")]
 _OURS = ("n", "stream", "stream_options")
+_LEAST_S = 1e-3
+
+GRACE_S = 0.03
+"""How long after a request's deadline its cancelled samples may still say what they have cost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +99,21 @@ def prepare(
     return Prepared(spec, options, options.slots)
 
 
+def due(call: Call, prepared: Prepared) -> float | None:
+    """When the answer is due, on the event loop's clock: ``deadline_s`` after the request's receipt."""
+    seconds = prepared.options.deadline_s
+    return None if seconds is None else call.received + seconds
+
+
 async def run(cluster: Cluster, call: Call, job: Job, prepared: Prepared, stream: bool, entry: Entry) -> None:
     """Answer ``call`` with what the strategy makes of it, and tell ``entry`` of it; raises
     :class:`braid.errors.BraidError`."""
     cluster.metrics.strategies.labels(prepared.spec.name).inc()
+    until, options = due(call, prepared), prepared.options
+    if until is not None:
+        left = max(_LEAST_S, until - asyncio.get_running_loop().time())
+        options = options.model_copy(update={"deadline_s": left})
+    job = replace(job, several=prepared.slots > 1, cut_at=None if until is None else until + GRACE_S)
     sampler = WorkerSampler(cluster, job)
     reply = _Reply(cluster, call, job, sampler)
     body = {key: value for key, value in job.body.items() if key not in _OURS}
@@ -109,7 +125,7 @@ async def run(cluster: Cluster, call: Call, job: Job, prepared: Prepared, stream
             await reply.progress(told)
 
     try:
-        answer = await prepared.spec.run(sampler, body, prepared.options, progress)
+        answer = await prepared.spec.run(sampler, body, options, progress)
         answer.report["group"] = job.group
         usage = usage_of(answer)
         entry.spent(usage, answer.report)
@@ -146,7 +162,7 @@ class _Reply:
             **self._frame(kind),
             "choices": [{**answer.choice, "index": 0}],
             "usage": usage_of(answer),
-            "reasoning": answer.report,
+            "reasoning": self._report(answer),
             "braid": self._proof(answer.usages),
         }
         headers = [JSON, *self._headers(answer.usages)]
@@ -156,7 +172,7 @@ class _Reply:
         await self._write({"choices": [self._choice(answer.choice, None)]})
         last = {
             "choices": [self._choice({}, answer.choice.get("finish_reason") or "stop")],
-            "reasoning": answer.report,
+            "reasoning": self._report(answer),
             "braid": self._proof(answer.usages),
         }
         await self._write(last)
@@ -170,6 +186,10 @@ class _Reply:
             await self._call.start(200, [*_SSE, *self._headers(self._sampler.usages)])
         kind = "chat.completion.chunk" if self._chat else "text_completion"
         await self._call.write(event({**self._frame(kind), **fields}))
+
+    def _report(self, answer: Answer) -> dict[str, Any]:
+        redrawn = sum(group.fanout.redrawn for group in self._sampler.groups)
+        return answer.report | ({"samples_redrawn": redrawn} if redrawn else {})
 
     def _frame(self, kind: str) -> dict[str, Any]:
         prefix = "chatcmpl" if self._chat else "cmpl"

@@ -113,6 +113,10 @@ class Group(Protocol):
         """Stop these samples (all that run, if None). Idempotent. They are still yielded, with
         state ``stopped_early``, unless they had ended."""
 
+    async def redraw(self, indices: tuple[int, ...]) -> None:
+        """Draw samples that still run once more, each on another worker than its own if there is one: the
+        first of the two to finish is yielded, the other is cancelled. No effect on those drawn twice."""
+
     async def __aenter__(self) -> Group: ...
 
     async def __aexit__(self, *exc: object) -> None: ...

@@ -162,6 +162,7 @@ _RULES: dict[str, _Rule] = {
     "max_tokens": (lambda v: integer(v, 1, MAX_TOKENS), "must be a positive integer"),
     "max_completion_tokens": (lambda v: integer(v, 1, MAX_TOKENS), "must be a positive integer"),
     "min_tokens": (lambda v: integer(v, 0, MAX_TOKENS), "must be an integer, 0 or more"),
+    "priority": (lambda v: integer(v, -MAX_TOKENS, MAX_TOKENS), "must be a 32-bit integer"),
     "seed": (lambda v: integer(v, -_INT64, _INT64 - 1), "must be a 64-bit integer"),
     "prompt_logprobs": (lambda v: integer(v, -1, MAX_TOKENS), "must be an integer, -1 or more"),
     "top_logprobs": (lambda v: integer(v, -1, MAX_TOKENS), "must be an integer, 0 or more"),

@@ -22,6 +22,7 @@ from braid.sim.request import TOKENIZE, Ask, parse, parse_tokenize
 from braid.sim.scheduler import Sequence
 from braid.sim.tokens import Prompt
 from braid.sim.watch import lowest, watched
+from braid.worker.seats import DispatchFlow, Seat, Seats
 from braid.worker.source import Source
 
 log = logging.getLogger("braid.sim")
@@ -45,6 +46,7 @@ class _Sample:
     index: int
     part: _Part
     sequence: Sequence
+    seat: Seat | None = None
     state: str = ""
     said: int = 0
 
@@ -66,6 +68,7 @@ class _Dispatch:
 
     message: wire.Decode
     source: Source
+    flow: DispatchFlow
     task: asyncio.Task[None] | None = None
     ask: Ask | None = None
     words: reply.Words | None = None
@@ -105,7 +108,9 @@ class DecodeService:
         send: Send,
         identity: Identity,
         profile: Profile,
+        seats: Seats,
     ) -> None:
+        self.seats = seats
         self._engine = engine
         self._imports = imports
         self._kept = kept
@@ -119,7 +124,8 @@ class DecodeService:
         if isinstance(message, wire.Prefill) or message.ref in self._running:
             log.warning("unexpected_dispatch", extra={"ref": message.ref})
             return
-        dispatch = _Dispatch(message, Source(message.ticket, message.reason))
+        flow = DispatchFlow(group=message.several, priority=message.priority)
+        dispatch = _Dispatch(message, Source(message.ticket, message.reason), flow)
         self._running[message.ref] = dispatch
         dispatch.task = asyncio.create_task(self._guard(dispatch))
         self._tasks.add(dispatch.task)
@@ -137,7 +143,7 @@ class DecodeService:
         dispatch.cancelled.update(message.samples)
         for number in message.samples:
             if (sample := dispatch.samples.get(number)) is not None and not sample.state:
-                self._engine.abort(sample.sequence)
+                self._stop(sample)
                 self._sample_ended(dispatch, sample, "cancelled")
 
     def lost(self, message: wire.Lost) -> None:
@@ -157,7 +163,7 @@ class DecodeService:
         scheduler = self._engine.scheduler
         beat = wire.Beat(
             running=len(scheduler.running),
-            waiting=len(scheduler.waiting),
+            waiting=len(scheduler.waiting) + self.seats.waiting,
             kv_usage=scheduler.pool.usage,
             tickets=len(self._imports.blocks),
             free_blocks=scheduler.pool.free_blocks,
@@ -182,6 +188,7 @@ class DecodeService:
             "preempted": scheduler.preempted,
             "kept": len(self._kept),
             "imports": len(self._imports.blocks),
+            **self.seats.stats(),
             "steps": engine.steps,
             "busy_s": round(engine.busy_s, 6),
             "lag_s": round(engine.lag_s, 6),
@@ -191,6 +198,7 @@ class DecodeService:
     def check_integrity(self) -> None:
         """Assert that every block is free or held by somebody who is known."""
         self._engine.scheduler.check_integrity([*self._imports.blocks, *self._kept.blocks])
+        self.seats.check_integrity(idle=not self._running)
 
     async def _guard(self, dispatch: _Dispatch) -> None:
         message = dispatch.message
@@ -248,8 +256,23 @@ class DecodeService:
         if group_number in dispatch.cancelled:
             sequence.ended = True
             self._sample_ended(dispatch, sample, "cancelled")
+            return
+        dispatch.flow.most = ask.limits.most
+        sample.seat = self.seats.ask(dispatch.flow, lambda seated: self._seated(sample, seated))
+
+    def _seated(self, sample: _Sample, seated: bool) -> None:
+        """A sample's turn, or its end before that."""
+        if seated:
+            self._engine.add(sample.sequence)
         else:
-            self._engine.add(sequence)
+            sample.sequence.ended = True
+
+    def _stop(self, sample: _Sample) -> None:
+        """End a sample in the engine, or on its way there; its seat is another's when this returns."""
+        if sample.seat is not None:
+            if sample.seat.entry is None:
+                self._engine.abort(sample.sequence)
+            self.seats.leave(sample.seat, sample.sequence.generated)
 
     def _progressed(self, dispatch: _Dispatch, sample: _Sample) -> None:
         """A step gave this sample a token, or a chunk of its prompt."""
@@ -279,6 +302,8 @@ class DecodeService:
     def _sample_ended(self, dispatch: _Dispatch, sample: _Sample, state: str) -> None:
         sample.state = state
         sequence, message = sample.sequence, dispatch.message
+        if sample.seat is not None:
+            self.seats.leave(sample.seat, sequence.generated)
         if sequence.keep and sequence.blocks:
             name = f"{message.request_id}-{sample.number}"
             self._kept.add(name, sequence.tokens(0, sequence.known), sequence.blocks)
@@ -381,8 +406,8 @@ class DecodeService:
     def _over(self, dispatch: _Dispatch, message: wire.FromWorker) -> None:
         dispatch.over = True
         del self._running[dispatch.message.ref]
-        for sample in dispatch.samples.values():
-            self._engine.abort(sample.sequence)
+        for sample in reversed(dispatch.samples.values()):  # those that wait first, so that none is let in
+            self._stop(sample)
         for part in dispatch.parts:
             self._imports.release(part.held)
         self._send(message)

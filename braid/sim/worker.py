@@ -25,6 +25,7 @@ from braid.sim.prefill import PrefillService
 from braid.sim.scheduler import Scheduler
 from braid.worker.fingerprint import Traits, fingerprint
 from braid.worker.link import WorkerLink
+from braid.worker.seats import Seats
 
 VERSION = "simulated"
 """What stands where a real worker names its vLLM."""
@@ -178,7 +179,13 @@ class SimWorker:
             timeout_s=settings.load_timeout_s,
         )
         return DecodeService(
-            self.engine, imports, Kept(self.engine, kept), self._send, self.identity, profile(settings)
+            self.engine,
+            imports,
+            Kept(self.engine, kept),
+            self._send,
+            self.identity,
+            profile(settings),
+            Seats(settings.sim_slots, settings.width_of(settings.sim_slots), settings.calm_s),
         )
 
     def _producer(self, settings: PrefillSettings) -> Producer:

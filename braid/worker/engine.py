@@ -74,6 +74,21 @@ class Engine:
     def slots(self) -> int:
         return int(self.llm.vllm_config.scheduler_config.max_num_seqs)
 
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of the longest sequence."""
+        return int(self.llm.model_config.max_model_len)
+
+    @property
+    def chunk(self) -> int:
+        """Most tokens of a scheduling step."""
+        return int(self.llm.vllm_config.scheduler_config.max_num_batched_tokens)
+
+    @property
+    def by_priority(self) -> bool:
+        """Whether its scheduler orders requests by priority; else it refuses one other than 0."""
+        return str(self.llm.vllm_config.scheduler_config.policy) == "priority"
+
     async def call(self, method: str, *args: Any) -> Any:
         """A utility call on the EngineCore's thread."""
         return await self.llm.engine_core.call_utility_async(method, *args)
@@ -168,7 +183,7 @@ def hello(engine: Engine, role: wire.Role, name: str, http: str) -> wire.Hello:
         worker=name,
         epoch=engine.epoch,
         models=tuple(engine.args.served_model_name),
-        max_model_len=int(engine.llm.model_config.max_model_len),
+        max_model_len=engine.max_model_len,
         block_size=engine.block_size,
         slots=engine.slots,
         fingerprint=engine.fingerprint,

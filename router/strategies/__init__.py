@@ -73,9 +73,9 @@ _SPECS = {
         _built_in(beam_of_steps, beam_of_steps.BeamOfStepsOptions),
         _built_in(particle_filtering, particle_filtering.ParticleFilteringOptions),
         _built_in(tree_of_thoughts, tree_of_thoughts.TreeOfThoughtsOptions),
+        _built_in(auto, auto.AutoOptions),
         _built_in(ensemble, ensemble.EnsembleOptions),
         _built_in(cascade, cascade.CascadeOptions),
-        _built_in(auto, auto.AutoOptions),
     )
 }
 _OWN = frozenset(_SPECS)

@@ -149,6 +149,11 @@ class ForkedGroup:
             if one.outstanding and mine != ():
                 await one.group.cancel(mine)
 
+    async def redraw(self, indices: tuple[int, ...]) -> None:
+        for one in self._entered:
+            if mine := tuple(one.outstanding.intersection(indices)):
+                await one.group.redraw(mine)
+
     async def _read(self, one: _Open) -> None:
         try:
             async for sample in one.group:

@@ -40,6 +40,11 @@ class Options(BaseModel):
     group `answer`, else the first group, else all."""
     on_failure: Literal["partial", "all"] = "partial"
     """When a sample fails: `partial` answers from the others, `all` fails the request."""
+    stragglers: Literal["wait", "cut", "hedge"] = "wait"
+    """What becomes of samples that take far longer than the others of their draw: `wait` for them, `cut`
+    them, or `hedge`: draw them once more on another worker, and the first copy to finish counts."""
+    straggler_factor: float = Field(3.0, gt=1, le=1000)
+    """A straggler has run so many times as long as the median of its draw, of which half have finished."""
     return_samples: bool = False
     """Put each sample's text into the report."""
 

@@ -14,6 +14,7 @@ from router.sampler import Group, GroupUsage, Progress, Sample, Sampler, as_one
 from router.strategies.branches import Forking, capped
 from router.strategies.options import Options
 from router.strategies.scored import Scored, score
+from router.strategies.stragglers import watching
 
 
 class Run:
@@ -120,8 +121,10 @@ class Run:
         async with contextlib.AsyncExitStack() as stack:
             if await self._entered(stack, group):
                 await stack.enter_async_context(self._stopping(group))
+                note = await stack.enter_async_context(watching(group, n, self._running, self.options))
                 samples = aiter(group)
                 while (sample := await self._next(samples)) is not None:
+                    note(sample)
                     await self._on_sample(sample)
                     if self.stopped is None and _cut(sample, cap):
                         self.stopped = "budget_tokens"

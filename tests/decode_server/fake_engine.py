@@ -5,10 +5,16 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from braid.worker.seats import DispatchFlow, Seats
 from kvtransfer import wire as kv
 from kvtransfer.plan import Blocking, needed_blocks
 
 BLOCK_SIZE = 4
+
+
+def open_seats(capacity: int = 1000) -> tuple[Seats, DispatchFlow]:
+    """Seats of an engine, and a dispatch of a group that takes them."""
+    return Seats(capacity, capacity, 0.0), DispatchFlow(group=True)
 
 
 class FakeControl:
@@ -53,6 +59,10 @@ class FakeEngine:
     def __init__(self, blocks: int = 100, *windows: int, ranks: int = 1, kv_heads: int = 2) -> None:
         self.groups = (Blocking(BLOCK_SIZE), *(Blocking(BLOCK_SIZE, window) for window in windows))
         self.ranks = ranks
+        self.slots = 8
+        self.by_priority = False
+        self.max_model_len = 16 * BLOCK_SIZE
+        self.chunk = 4 * BLOCK_SIZE
         self.kv_heads = kv_heads
         self.journal: list[str] = []
         self.control = FakeControl(self.journal)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from braid import wire
+from tests.decode_server.fake_engine import open_seats
 from tests.decode_server.test_service import DEADLINE_S, Stand, say, stand, start  # noqa: F401
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # importing vLLM can take minutes on a busy machine
@@ -171,7 +172,7 @@ def job_of(first: int = 0) -> Any:
     from braid.worker.source import Source
     from decode_server.llm import Job
 
-    job = Job(Source(None, ""), SimpleNamespace(), SimpleNamespace(), first)  # type: ignore[arg-type]
+    job = Job(Source(None, ""), SimpleNamespace(), SimpleNamespace(), first, *open_seats())  # type: ignore[arg-type]
     job.beams = set()
     return job
 

@@ -43,7 +43,7 @@ async def prefixes(engine: FakeEngine) -> AsyncIterator[Prefixes]:
 
 
 def make(engine: FakeEngine, timeout_s: float = DEADLINE_S) -> Prefixes:
-    return Prefixes(engine, 0.1, timeout_s)  # type: ignore[arg-type]
+    return Prefixes(engine, engine.blocks // 10, timeout_s)  # type: ignore[arg-type]
 
 
 async def until(holds: Any) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from braid import wire
 from decode_server.kept import KeptSamples
+from tests.decode_server.fake_engine import open_seats
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # importing vLLM can take minutes on a busy machine
 
@@ -76,7 +77,7 @@ class Run:
         self.reports: list[tuple[int, Any, str]] = []
         self.released: list[str] = []
         self.kept = KeptSamples(100, BLOCK, self.released.append)
-        self.job = Job(Source(None, ""), SimpleNamespace(), self.kept, first)  # type: ignore[arg-type]
+        self.job = Job(Source(None, ""), SimpleNamespace(), self.kept, first, *open_seats())  # type: ignore[arg-type]
         if report:
             self.job.on_sample = lambda *what: self.reports.append(what)
         self.held = Held("i0", wire.KvRecord("remote", blocks_cached=1), cached=BLOCK)
@@ -141,6 +142,58 @@ async def test_deltas_come_as_they_are_made_under_their_index() -> None:
     rest = [text for o in [o async for o in outputs] for text in texts(o)]
     assert sorted(rest) == [(0, "r-0:[5]"), (0, "r-0:[]"), (1, "r-1:[]")]
     assert run.job.generated == {0: 1, 1: 1}
+
+
+async def test_a_sample_begins_when_it_has_a_seat_and_leaves_it_when_it_ends() -> None:
+    gates = [asyncio.Event() for _ in range(3)]
+    llm = ScriptedLLM({f"r-{i}": [gate, 5] for i, gate in enumerate(gates)})
+    run = Run(llm, 3, final=True, report=True)
+    seats = run.job.seats
+    seats.capacity = 1
+    task = asyncio.create_task(run.outputs())
+    for begun in range(3):
+        while len(llm.asked) <= begun:
+            await asyncio.sleep(0)
+        assert (sorted(llm.asked), seats.waiting) == ([f"r-{i}" for i in range(begun + 1)], 2 - begun)
+        gates[begun].set()
+    await task
+    seats.check_integrity(idle=True)
+    assert run.job.flow.tokens == 3
+
+
+async def test_a_sample_that_is_cancelled_before_its_seat_never_enters_the_engine() -> None:
+    gate = asyncio.Event()
+    llm = ScriptedLLM({"r-0": [gate, 5]})
+    run = Run(llm, 3, final=True, report=True)
+    run.job.seats.capacity = 1
+    task = asyncio.create_task(run.outputs())
+    while not llm.asked:
+        await asyncio.sleep(0)
+    run.job.cancelled.update((1, 2))
+    run.job.give_up((0, 1, 2))
+    gate.set()
+    await task
+    assert list(llm.asked) == ["r-0"]
+    assert sorted((number, last is None, error) for number, last, error in run.reports) == [
+        (0, False, ""),
+        (1, True, ""),
+        (2, True, ""),
+    ]
+    run.job.seats.check_integrity(idle=True)
+
+
+async def test_a_request_that_is_cancelled_leaves_no_seat_behind() -> None:
+    llm = ScriptedLLM({"r-0": [asyncio.Event()]})
+    run = Run(llm, 3, final=True)
+    run.job.seats.capacity = 1
+    task = asyncio.create_task(run.outputs())
+    while not llm.asked:
+        await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert list(llm.asked) == ["r-0"]
+    run.job.seats.check_integrity(idle=True)
 
 
 async def test_each_sample_is_a_request_of_its_own() -> None:
@@ -292,7 +345,7 @@ def generate() -> Callable[..., Any]:
 
     def make(llm: Any, prefixes: FakePrefixes, prompts: int = 1, **params: Any) -> list[Any]:
         kept = KeptSamples(100, BLOCK, lambda name: None)
-        JOB.set(Job(Source(None, ""), prefixes, kept))  # type: ignore[arg-type]
+        JOB.set(Job(Source(None, ""), prefixes, kept, 0, *open_seats()))  # type: ignore[arg-type]
         llm._acquire = lambda *args: DecodeLLM._acquire(llm, *args)
         fields = {"n": 2, "output_kind": RequestOutputKind.DELTA, **params}
         return [
@@ -342,7 +395,10 @@ async def test_a_prompt_that_goes_on_is_written_with_the_samples_own_tokens(
     kept = KeptSamples(100, BLOCK, lambda name: None)
     if there:
         kept.add("g-3", [ord("x"), 1])
-    JOB.set(Job(Source(None, "continued"), Computed(), kept, after="g-3"))  # type: ignore[arg-type]
+    JOB.set(Job(Source(None, "continued"), Computed(), kept, 0, *open_seats()))  # type: ignore[arg-type]
+    job = JOB.get()
+    assert job is not None
+    job.after = "g-3"
     rendered = {"type": "token", "prompt_token_ids": [ord(c) for c in "xaby"]}
     outputs = DecodeLLM.generate(llm, rendered, SamplingParams(n=1), "r")
     async for _ in outputs:

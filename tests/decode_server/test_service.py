@@ -217,3 +217,13 @@ async def test_a_lost_producer_changes_the_jobs_source(stand: Stand) -> None:
     ticket = wire.Ticket(b"t", 2, "p1", 1, (), "fp")
     stand.service.lost(wire.Lost(1, "gone", ticket))
     assert (job.source.ticket, job.source.reason) == (ticket, "gone")
+
+
+@pytest.mark.parametrize("by_priority", [False, True])
+async def test_a_priority_reaches_only_an_engine_that_orders_by_it(stand: Stand, by_priority: bool) -> None:
+    stand.service._engine.by_priority = by_priority  # type: ignore[misc]
+    body = b'{"stream": true}'
+    stand.service.start(wire.Decode(1, "/v1/completions", body, "r", DEADLINE_S, priority=-3))
+    job = stand.service._running[1].job
+    assert (job.priority, job.flow.priority) == (-3 if by_priority else 0, -3)
+    await stand.idle()

@@ -10,6 +10,7 @@ import yaml
 from prometheus_client import generate_latest
 
 from braid.settings import DecodeSettings, PrefillSettings, RouterSettings
+from decode_server.metrics import show_seats
 from deploy.local import UpSettings
 from prefill_server.metrics import EARLY, SENT
 from router.metrics import Metrics
@@ -19,8 +20,8 @@ TEXT = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
 
 
 def exported() -> set[str]:
-    """Names of every metric of a router and of a prefill worker, as a scraper sees them."""
-    assert {SENT, EARLY}  # registered by their import
+    """Names of every metric of a router and of both kinds of workers, as a scraper sees them."""
+    assert {SENT, EARLY, show_seats}  # registered by their import
     lines = (Metrics().render() + generate_latest()).decode().splitlines()
     return {line.split()[2] for line in lines if line.startswith("# TYPE ")}
 

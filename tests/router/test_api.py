@@ -67,10 +67,10 @@ async def test_a_full_queue_refuses_at_once(make_stand: MakeStand) -> None:
     _, d0 = await stand.workers(decode=answer_at_gate)
     running = asyncio.create_task(stand.post(CHAT, chat(n=4)))
     await d0.expect(wire.Decode)
-    waiting = asyncio.create_task(stand.post(CHAT, chat()))
+    waiting = asyncio.create_task(stand.post(CHAT, chat(n=4)))
     await stand.until(lambda: stand.metric("braid_queue_depth") == 1)
     before = time.monotonic()
-    reply = await stand.post(CHAT, chat())
+    reply = await stand.post(CHAT, chat(n=2))
     assert time.monotonic() - before < 0.5
     assert (reply.status_code, reply.headers["retry-after"]) == (429, "1")
     d0.gate.set()

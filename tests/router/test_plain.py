@@ -36,3 +36,14 @@ async def test_the_official_client_streams(stand: Stand) -> None:
     assert "".join(c.choices[0].delta.content or "" for c in chunks) == "d0 says"
     assert chunks[-1].choices[0].finish_reason == "stop"
     assert (chunks[-1].model_extra or {})["braid"]["path"] == "remote"
+
+
+async def test_a_priority_goes_beside_the_body(stand: Stand) -> None:
+    _, d0 = await stand.workers()
+    assert (await stand.post(CHAT, chat(priority=-2))).status_code == 200
+    assert (await stand.post(CHAT, chat(priority="first"))).status_code == 400
+    decode = await d0.expect(wire.Decode)
+    assert (decode.priority, decode.several) == (-2, False)
+    assert "priority" not in msgspec.json.decode(decode.body)
+    await stand.post(CHAT, chat(n=2))
+    assert (await d0.expect(wire.Decode, 2)).several

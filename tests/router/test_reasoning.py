@@ -92,7 +92,9 @@ async def test_a_group_over_two_workers_is_one_vote(make_stand: MakeStand) -> No
     assert body["braid"]["kv_transfers"] == 2
 
 
-async def test_only_the_samples_of_a_lost_worker_fail(make_stand: MakeStand) -> None:
+async def test_only_the_samples_of_a_lost_worker_fail_where_nobody_else_can_draw_them(
+    make_stand: MakeStand,
+) -> None:
     async def one_then_silence(worker: FakeWorker, message: wire.Decode) -> None:
         await worker.send(sample(message, message.first, "The answer is 7."))
         await silent(worker, message)
@@ -100,7 +102,7 @@ async def test_only_the_samples_of_a_lost_worker_fail(make_stand: MakeStand) -> 
     stand = await make_stand(spread="spread")
     await stand.workers(decoders=0)
     d0 = await stand.worker("decode", "d0", one_then_silence)
-    await stand.worker("decode", "d1", votes(7, 7, 7, 7))
+    d1 = await stand.worker("decode", "d1", votes(7, 7, 7, 7))
     await stand.until(lambda: sum(p["verified"] for p in stand.app.pairs.state()) == 2)
     events = []
     body = chat(stream=True, reasoning=VOTE)
@@ -109,6 +111,8 @@ async def test_only_the_samples_of_a_lost_worker_fail(make_stand: MakeStand) -> 
             if line.startswith("data: {"):
                 events.append(msgspec.json.decode(line[6:]))
             if len(events) == 3:
+                await d1.send(wire.Bye())
+                await stand.until(lambda: len(stand.app.registry.ready("decode", "demo")) == 1)
                 await d0.die()
     samples = events[-1]["reasoning"]["samples"]
     assert [s["state"] for s in samples] == ["finished", "failed", "finished", "finished"]

@@ -36,6 +36,8 @@ HELD = (
     "leases",
     "pending",
     "import_blocks",
+    "seats_held",
+    "seats_waiting",
 )
 """Counters of a worker that are zero when it holds nothing."""
 SETTLE_S = 30.0

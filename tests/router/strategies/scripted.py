@@ -59,6 +59,8 @@ class Scripted:
         self.verifiers: dict[str, Verifier] = dict(_OWN)
         self.retrievers: dict[str, Retriever] = {}
         self.cancels = 0
+        self.cut: list[int] = []
+        self.redrawn: list[int] = []
         self.open = 0
         self.most_open = 0
         self.closed = False
@@ -106,6 +108,7 @@ class ScriptedGroup:
         self.error = error
         self.usage = GroupUsage(prompt_tokens=7)
         self.cancelled = asyncio.Event()
+        self.going = asyncio.Event()
 
     async def __aenter__(self) -> ScriptedGroup:
         self.script.open += 1
@@ -123,16 +126,22 @@ class ScriptedGroup:
             raise self.error
         for place, ended in self.mine:
             if place >= self.script.hang_from:
-                await self.cancelled.wait()
+                await self.going.wait()
             if self.cancelled.is_set():
                 yield replace(ended, state="stopped_early", text="", finish_reason="", choice={})
             else:
                 yield ended
 
     async def cancel(self, indices: tuple[int, ...] | None = None) -> None:
-        assert indices is None
+        if indices is not None:
+            self.script.cut += indices
         self.script.cancels += 1
         self.cancelled.set()
+        self.going.set()
+
+    async def redraw(self, indices: tuple[int, ...]) -> None:
+        self.script.redrawn += indices
+        self.going.set()
 
 
 async def ask(
