@@ -206,6 +206,8 @@ def make(monkeypatch: pytest.MonkeyPatch, side: str = "SCHEDULER", specs: Any = 
         "configure",
         "guard_seeded_chunks",
         "guard_drafts",
+        "rank_without_compiler",
+        "warm_sampler",
         "install_utilities",
     ):
         monkeypatch.setattr(connector, effect, lambda *args: None)
