@@ -14,10 +14,13 @@ from benchmarks.stack import EngineSettings, Stack
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def launch_braid(settings: EngineSettings, python: str, run_dir: Path, extra: Sequence[str] = ()) -> Stack:
+def launch_braid(
+    settings: EngineSettings, python: str, run_dir: Path, extra: Sequence[str] = (), **env: str
+) -> Stack:
     """Start a cluster of one prefill and one decode worker and return when GET /ready answers 200.
 
-    `extra` is appended to the command, for settings of a Braid that differ from the ones given here.
+    `extra` is appended to the command and `env` added to the environment, for settings of a Braid that differ
+    from the ones given here.
     """
     (port,) = free_ports(1)
     cluster_dir = run_dir / "braid"
@@ -29,7 +32,7 @@ def launch_braid(settings: EngineSettings, python: str, run_dir: Path, extra: Se
         *("--chunk", str(settings.chunk_tokens), "--kv-cache-gib", str(settings.kv_cache_gib)),
         *extra,
     ]
-    launch = Launch("braid", argv, braid_env(settings))
+    launch = Launch("braid", argv, {**braid_env(settings), **env})
     url = f"http://127.0.0.1:{port}"
     stack = ready_or_stopped(Stack("braid", url, "/ready", [GuardedProcess(launch, run_dir)]))
     stack.metrics = pages(url)

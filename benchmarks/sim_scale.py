@@ -352,7 +352,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--rate", type=float, default=40.0, help="groups a second (Poisson)")
     made.add_argument("--prefill", type=int, default=8)
     made.add_argument("--decode", type=int, default=64)
-    made.add_argument("--spread", choices=("pack", "spread"), default="pack", help="the router's placement")
+    made.add_argument(
+        "--spread", choices=("pack", "spread", "auto"), default="pack", help="the router's placement"
+    )
     made.add_argument("--time-scale", type=float, default=1.0, help="seconds that a simulated second takes")
     made.add_argument("--model-file", type=Path, help="step times, as benchmarks.fit_sim writes them")
     made.add_argument(

@@ -314,6 +314,8 @@ def summary(progress: Progress) -> str:
         workers = f"{path.get('prefill') or '-'} -> {', '.join(path.get('decode') or '-')}"
         moved = f"{path.get('kv_bytes', 0)} KV bytes in {path.get('kv_transfers', 0)} transfers"
         parts.append(f"path {path.get('path')}, {workers}, {moved}")
+    if group := path.get("group") or report.get("group"):
+        parts.append(f"group {printable(str(group))}")
     return " | ".join(parts)
 
 

@@ -32,6 +32,7 @@ COMMANDS = {
     "sim": "run simulated workers: made-up answers in modelled time",
     "ask": "ask a question and watch the samples come in",
     "eval": "compare strategies on a file of problems: accuracy and cost",
+    "calibrate": "make the table of strategy auto from an evaluation",
     "batch": "answer a file of requests (OpenAI's batch format)",
     "bench": "benchmark a running server",
     "doctor": "explain what is wrong with an installation",
@@ -43,6 +44,7 @@ COMMANDS = {
 _OWN_ARGUMENTS = {
     "ask": "braid.ask",
     "batch": "braid.batch.command",
+    "calibrate": "braid.evaluate.calibrate",
     "bench": "benchmarks.bench",
     "eval": "braid.evaluate.command",
 }
@@ -124,7 +126,7 @@ def run(invocation: Invocation) -> int:
             return 0
         case "keys":
             return _keys(invocation.rest)
-        case "ask" | "batch" | "bench" | "eval":
+        case "ask" | "batch" | "bench" | "calibrate" | "eval":
             return int(_import(_OWN_ARGUMENTS[invocation.command]).main(list(invocation.rest)) or 0)
         case "prefill" | "decode":
             process = _import(f"{invocation.command}_server.main")
@@ -207,12 +209,14 @@ def _argument(info: FieldInfo) -> dict[str, Any]:
     """Keyword arguments of ``add_argument`` for one field."""
     # argparse reads % as the start of a placeholder.
     text = (info.description or "").replace("%", "%%")
-    if not info.is_required() and info.default not in (None, ""):
+    if not info.is_required() and info.default not in (None, "", ()):
         text = f"{text} (default: {str(info.default).replace('%', '%%')})".strip()
     elif info.is_required():
         text += " (required)"
     if info.annotation is bool:
         return {"action": argparse.BooleanOptionalAction, "help": text}
+    if get_origin(info.annotation) is tuple:
+        return {"action": "append", "help": text, "metavar": "NAME,..."}
     choices = [a for a in _plain_types(info.annotation) if get_origin(a) is Literal]
     metavar = "|".join(map(str, get_args(choices[0]))) if choices else _metavar(info.annotation)
     return {"help": text, "metavar": metavar}

@@ -1,17 +1,21 @@
-"""Structured logs: one JSON line an event on standard error, the request id in each."""
+"""Structured logs: one JSON line an event on standard error, the group's id in each of a group."""
 
 from __future__ import annotations
 
 import json
 import logging
 import sys
+from contextvars import ContextVar
 from typing import Any
+
+GROUP: ContextVar[str] = ContextVar("group", default="")
+"""Id of the group (``X-Braid-Group``) that the running task works for; a task inherits it from its maker."""
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
 
 
 class JsonFormatter(logging.Formatter):
-    """``{"ts", "level", "event", ...fields}``; fields are what was passed as ``extra``."""
+    """``{"ts", "level", "event", ...fields}``; fields are ``group``, and what was passed as ``extra``."""
 
     def __init__(self, process: str) -> None:
         super().__init__()
@@ -24,6 +28,8 @@ class JsonFormatter(logging.Formatter):
             "process": self._process,
             "event": record.getMessage(),
         }
+        if group := GROUP.get():
+            line["group"] = group
         line.update({k: v for k, v in vars(record).items() if k not in _STANDARD})
         if record.exc_info:
             line["error"] = self.formatException(record.exc_info)

@@ -88,6 +88,19 @@ class _Table(TomlConfigSettingsSource):
         return table
 
 
+def _split(value: object) -> object:
+    """Names with commas between them, as a variable gives them or a flag, which may be repeated."""
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list) or not all(isinstance(part, str) for part in value):
+        return value
+    return [name.strip() for part in value for name in part.split(",") if name.strip()]
+
+
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+"""Names with commas between."""
+
+
 def is_loopback(endpoint: str) -> bool:
     """Whether a ZMQ endpoint or host cannot be reached from another machine."""
     address = endpoint.removeprefix("tcp://")
@@ -121,8 +134,18 @@ class RouterSettings(ProcessSettings):
     remote_min_chars: int = Field(
         0, ge=0, description="prompts of fewer characters are computed on the decode worker"
     )
-    spread: Literal["pack", "spread"] = Field(
-        "pack", description="samples of a group: on one decode worker, or over all that are ready"
+    spread: Literal["pack", "spread", "auto"] = Field(
+        "pack", description="samples of a group: on one decode worker, over all, or by estimated end"
+    )
+    kv_bandwidth: float = Field(
+        1e9, gt=0, description="bytes a second that a prefill worker sends KV at, for spread `auto`"
+    )
+    model_order: Names = Field(
+        (),
+        description="models from cheap to dear, with commas between: the default of strategies over several",
+    )
+    local_models: Names = Field(
+        (), description="models that have no prefill workers by design, with commas between"
     )
     trigger: str = Field("Let's think step by step.", description="what `cot` appends to the prompt")
     verify_pairs: bool = Field(
@@ -133,6 +156,15 @@ class RouterSettings(ProcessSettings):
         pattern=r"^(https?://\S+)?$",
         description="URL that spans of requests are sent to (OTLP over HTTP), such as "
         "http://127.0.0.1:4318/v1/traces; OTEL_EXPORTER_OTLP_TRACES_ENDPOINT is taken too",
+    )
+    effort: Literal["pass", "auto"] = Field(
+        "pass", description="reasoning_effort without a strategy: the engine reads it, or strategy auto does"
+    )
+    effort_table: Path | None = Field(
+        None, description="table of strategy auto, as `braid calibrate` makes it (default: the demo model's)"
+    )
+    group_history: int = Field(
+        1000, ge=0, description="groups that GET /v1/groups/ID still knows, over all API keys"
     )
     verifiers: Verifiers = Field(
         {}, description="verifiers by name, a table each in the file (docs/strategies.md), JSON elsewhere"
@@ -145,11 +177,6 @@ class RouterSettings(ProcessSettings):
     def _curve(self) -> RouterSettings:
         _require_keys(self.keys_dir, self.link)
         return self
-
-
-def _split(value: object) -> object:
-    """Names with commas between them, as a flag or variable gives them."""
-    return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
 
 
 Transports = Annotated[
@@ -178,7 +205,7 @@ class SimulatedSettings(ProcessSettings):
         "counted", description="KV on its way: time passes and bytes are counted, or synthetic bytes move"
     )
     sim_kv_bytes: int = Field(4096, gt=0, multiple_of=16, description="KV bytes of a token")
-    sim_bandwidth: float = Field(1e9, gt=0, description="bytes a second of a counted transfer")
+    sim_bandwidth: float = Field(1e9, gt=0, description="bytes a second of counted transfers from a worker")
     sim_latency_s: float = Field(0.001, ge=0, description="what a counted transfer takes besides")
     sim_tokens: float = Field(48.0, ge=1, description="median length of a sample in tokens (lognormal)")
     sim_sigma: float = Field(0.4, ge=0, le=3, description="spread of the logarithm of the length")

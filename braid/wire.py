@@ -150,7 +150,9 @@ class Hello(_Msg, frozen=True, tag="hello"):
 
 class Beat(_Msg, frozen=True, tag="beat"):
     """A worker's state. ``running``/``waiting``: requests in its scheduler. ``kv_usage``: share of its
-    KV cache in use, 0..1. ``staging_bytes``: bytes held for unfinished transfers (P)."""
+    KV cache in use, 0..1. ``staging_bytes``: bytes held for unfinished transfers (P). Of D, once known:
+    ``step_base_s`` + ``step_seq_s`` x batch + ``step_token_s`` x tokens attended to is how long a decode step
+    takes, in seconds; ``free_blocks`` of its cache."""
 
     running: int = 0
     waiting: int = 0
@@ -158,6 +160,10 @@ class Beat(_Msg, frozen=True, tag="beat"):
     staging_bytes: int = 0
     tickets: int = 0
     engine_ok: bool = True
+    step_base_s: float | None = None
+    step_seq_s: float | None = None
+    step_token_s: float | None = None
+    free_blocks: int | None = None
 
 
 class Bye(_Msg, frozen=True, tag="bye"):
@@ -252,7 +258,8 @@ class Prefill(_Msg, frozen=True, tag="prefill"):
     """Compute the KV of ``body``'s prompt(s), once, and hold it for the ticket's consumers.
 
     ``target`` and ``body`` are the client's path and JSON body, so that P renders exactly what D does;
-    sampling fields in it have no effect here. ``deadline_s`` is relative to receipt."""
+    sampling fields in it have no effect here. ``deadline_s`` is relative to receipt.
+    ``group``: id of the request's group, for logs."""
 
     ref: int
     ticket: Ticket
@@ -260,6 +267,7 @@ class Prefill(_Msg, frozen=True, tag="prefill"):
     body: bytes
     request_id: str
     deadline_s: float
+    group: str = ""
 
 
 class Decode(_Msg, frozen=True, tag="decode"):
@@ -288,7 +296,9 @@ class Decode(_Msg, frozen=True, tag="decode"):
     after: str = ""
     watch: Watch | Verdict | None = None
     """In mode ``samples``: what is measured of the samples, and which are ended for it."""
-    group: bool = False
+    group: str = ""
+    """Id of the request's group, for logs."""
+    several: bool = False
     """Of a request that runs several samples at a time: they take the seats of groups."""
     priority: int = 0
     """Lower is earlier, in taking seats and where the engine schedules by priority."""

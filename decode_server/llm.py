@@ -16,6 +16,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from braid import wire
 from braid.proof import merge
+from braid.worker.pace import Pace
 from braid.worker.prompt import shareable
 from braid.worker.seats import DispatchFlow, Seat, Seats
 from braid.worker.source import Source
@@ -49,6 +50,7 @@ class Job:
         confidence: what it gave, by sample number.
         beams: engine request ids of the running steps of a beam search; None if it is none.
         priority: the engine's own, 0 where it knows none.
+        pace: of the worker; its samples are measured by it.
     """
 
     source: Source
@@ -71,6 +73,7 @@ class Job:
     priority: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    pace: Pace = field(default_factory=Pace)
     _taken: dict[int, Seat] = field(default_factory=dict)
 
     async def seat(self, number: int) -> bool:
@@ -239,7 +242,7 @@ class _Samples:
 
         An aborted sample ends with an output too (finish reason ``abort``).
         """
-        number, last, error = self._base + i, None, ""
+        number, last, error, began = self._base + i, None, "", None
         job = self._job
         job.generated[number] = 0
         engine_id = f"{self._request_id}-{number}"
@@ -247,6 +250,7 @@ class _Samples:
             if await job.seat(number):
                 job.samples[number] = engine_id
                 stream = self._llm.plain(self._prompt, self._child_params(i), engine_id, **self._options)
+                began = job.pace.begin(len(self._prompt.get("prompt_token_ids") or ()))
                 watched = Confidence(job.watch) if isinstance(job.watch, wire.Watch) else None
                 async for output in stream:
                     self._account(output, number)
@@ -266,6 +270,8 @@ class _Samples:
         finally:
             job.samples.pop(number, None)
             job.stand_up(number, job.generated[number])
+            if began is not None:
+                job.pace.end(began, job.generated[number])
             self._keep(number, last)
             if job.on_sample is not None:
                 job.on_sample(number, last, error)

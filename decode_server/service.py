@@ -18,6 +18,7 @@ from braid.settings import DecodeSettings
 from braid.worker.asgi import post
 from braid.worker.counters import Counters
 from braid.worker.engine import Engine
+from braid.worker.pace import Pace
 from braid.worker.seats import DispatchFlow, Seats
 from braid.worker.source import Source
 from decode_server import beams
@@ -60,18 +61,20 @@ class DecodeService:
         self._counters = Counters(engine)
         self.seats = Seats(engine.slots, settings.width_of(engine.slots), settings.calm_s)
         show_seats(self.seats)
+        self._pace = Pace()
 
     def start(self, message: wire.Prefill | wire.Decode) -> None:
         if isinstance(message, wire.Prefill) or message.ref in self._running:
             log.warning("unexpected_dispatch", extra={"ref": message.ref})
             return
-        flow = DispatchFlow(group=message.group, priority=message.priority)
+        flow = DispatchFlow(group=message.several, priority=message.priority)
         source = Source(message.ticket, message.reason)
         job = Job(source, self._prefixes, self._kept, message.first, self.seats, flow)
         job.keep = message.request_id if message.keep and message.mode == "samples" else ""
         job.after = message.after
         job.priority = message.priority if self._engine.by_priority else 0
         job.watch = message.watch if message.mode == "samples" else None
+        job.pace = self._pace
         job.beams = set() if beams.searches(message.body) else None
         dispatch = self._running[message.ref] = _Dispatch(message, job)
         run = self._run_http
@@ -109,7 +112,7 @@ class DecodeService:
                 dispatch.task.cancel()
 
     def beat(self) -> wire.Beat:
-        beat = self._counters.beat()
+        beat = self._pace.tell(self._counters.beat())
         return msgspec.structs.replace(beat, waiting=beat.waiting + self.seats.waiting)
 
     async def refresh(self) -> None:

@@ -1,6 +1,7 @@
 """Train the demo model from nothing: tokenizer, weights and configuration into one folder.
 
     GOMP_SPINCOUNT=0 python -m demo.train --steps 4880 --out demo/model
+    GOMP_SPINCOUNT=0 python -m demo.train --small --minutes 24 --out demo/small
 
 The learning-rate schedule follows the share of the budget used, in minutes or in steps, so a slower machine
 takes fewer steps and still ends on a decayed rate.
@@ -32,7 +33,6 @@ VOCABULARY = 1024
 POSITIONS = 8192
 PLAIN_BRIEF = 0.6  # share of brief replies to plain questions
 CUT_OFF = 0.12  # share of proposals cut off before their end
-STAGE_ENDS = (0.26, 0.68)  # shares of the budget after which the second and third mix take over
 # Qwen's splitting rule: single digits, and line breaks attached to the punctuation before them.
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -90,6 +90,27 @@ class Mix:
 FIRST = Mix(0.08, 0.18, 0.24, 0.22, noise=1.0, right=0.5, early=True)
 SECOND = Mix(0.05, 0.15, 0.22, 0.26, noise=0.7, right=0.42, early=False)
 THIRD = Mix(0.04, 0.09, 0.13, 0.40, noise=0.7, right=0.42, early=False)
+SOLVING = Mix(0.05, 0.13, 0.52, 0.15, noise=0.5, right=0.5, early=False)
+"""Mostly worked solutions: what a model too small to learn verification as well is for."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A model's shape, and the mixes of its stages with the shares of the budget at which they end."""
+
+    hidden: int
+    feed_forward: int
+    layers: int
+    heads: int
+    kv_heads: int
+    mixes: tuple[Mix, ...]
+    stage_ends: tuple[float, ...]
+    rate: float
+    """Peak learning rate."""
+
+
+DEMO = Preset(256, 768, 4, 4, 2, mixes=(FIRST, SECOND, THIRD), stage_ends=(0.26, 0.68), rate=2e-3)
+SMALL = Preset(128, 320, 4, 2, 1, mixes=(SOLVING,), stage_ends=(), rate=3e-3)
 
 
 def conversation(rng: random.Random, problem: tasks.Problem, mix: Mix) -> list[Turn]:
@@ -227,18 +248,18 @@ def _pad(rows: list[tuple[list[int], list[int]]]) -> Batch:
 # --- model and optimisation -------------------------------------------------------------------------------
 
 
-def build_model(seed: int, vocabulary: int) -> Qwen3ForCausalLM:
+def build_model(seed: int, vocabulary: int, preset: Preset = DEMO) -> Qwen3ForCausalLM:
     torch.manual_seed(seed)
     # Eager attention is the faster one on CPUs at these lengths.
     return Qwen3ForCausalLM(
         Qwen3Config(
             attn_implementation="eager",
             vocab_size=vocabulary,
-            hidden_size=256,
-            intermediate_size=768,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
+            hidden_size=preset.hidden,
+            intermediate_size=preset.feed_forward,
+            num_hidden_layers=preset.layers,
+            num_attention_heads=preset.heads,
+            num_key_value_heads=preset.kv_heads,
             head_dim=64,
             max_position_embeddings=POSITIONS,
             rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
@@ -312,23 +333,27 @@ class Progress:
 
 def train(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
-    tokenizer = train_tokenizer(args.seed)
-    model = build_model(args.seed, tokenizer.get_vocab_size())
+    resumed = args.resume and Tokenizer.from_file(str(args.resume / "tokenizer.json"))
+    tokenizer = resumed or train_tokenizer(args.seed)
+    preset = SMALL if args.small else DEMO
+    rate = args.rate or preset.rate
+    model = build_model(args.seed, tokenizer.get_vocab_size(), preset)
+    if args.resume is not None:
+        model.load_state_dict(Qwen3ForCausalLM.from_pretrained(args.resume, dtype=torch.float32).state_dict())
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
-    optimizers = build_optimizers(model, args.rate)
+    optimizers = build_optimizers(model, rate)
     progress = Progress(args.minutes, args.steps)
     saved = time.monotonic()
 
     def mix() -> Mix:
-        stage = sum(progress.share >= end for end in STAGE_ENDS)
-        return (FIRST, SECOND, THIRD)[stage]
+        return preset.mixes[sum(progress.share >= end for end in preset.stage_ends)]
 
     for batch in batches(tokenizer, args.seed, args.batch_tokens, mix):
         if progress.share >= 1:
             break
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = args.rate * rate_factor(progress.share)
+                group["lr"] = rate * rate_factor(progress.share)
         loss = loss_of(model, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -394,8 +419,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch-tokens", type=int, default=2048)
-    parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--rate", type=float, help="peak learning rate; the preset's otherwise")
+    parser.add_argument("--small", action="store_true", help="the smaller shape and its mix of conversations")
     parser.add_argument("--save-minutes", type=float, default=5.0)
+    parser.add_argument(
+        "--resume", type=Path, help="folder of weights to go on from, with a schedule of its own"
+    )
     train(parser.parse_args(argv))
 
 

@@ -25,13 +25,15 @@ from types import FrameType
 from typing import IO, Literal, NoReturn, Self
 
 import httpx
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from braid.settings import ProcessSettings
+from braid.settings import Names, ProcessSettings
 from deploy.placement import Hardware, Seat, seats
 
 Role = Literal["router", "prefill", "decode", "sim"]
 LOOPBACK = "127.0.0.1"
+SMALL = "demo-small"
+"""What `also` calls the smaller model that ships."""
 PORTS = (20_000, 32_000)
 """Below the range that Linux takes ports of outgoing connections from."""
 POLL_S = 0.25
@@ -52,6 +54,16 @@ class UpSettings(ProcessSettings):
     port: int = Field(8000, ge=0, le=65535, description="HTTP port of the router (0: any free one)")
     model: str = Field("", description="model folder or name (default: the demo model)")
     served_model_name: str = Field("", description="name clients use (default: the model's folder name)")
+    also: Names = Field(
+        (),
+        description="further models, PATH or PATH=NAME, a decode worker of each; may be repeated "
+        "(`demo-small`: the smaller demo model)",
+    )
+    also_prefill: bool = Field(False, description="a prefill worker of each further model too")
+    model_order: Names = Field(
+        (),
+        description="models from cheap to dear, for strategies over several (default: `also`, then `model`)",
+    )
     dtype: str = Field("", description="dtype of weights and KV (default: float32 on CPUs, else auto)")
     max_model_len: int | None = Field(None, ge=1, description="longest sequence in tokens (default: model's)")
     chunk: int = Field(512, ge=32, description="most tokens of a scheduling step: a prefill chunk")
@@ -59,6 +71,12 @@ class UpSettings(ProcessSettings):
     run_dir: Path = Field(Path("run"), description="folder of logs and of cluster.json")
     start_timeout_s: float = Field(300.0, gt=0, description="longest wait until the cluster is ready")
     drain_s: float = Field(30.0, ge=0, description="on Ctrl-C, time for running requests to end")
+
+    @model_validator(mode="after")
+    def _models(self) -> UpSettings:
+        if self.also and self.engine == "sim":
+            raise ValueError("simulated workers serve one model: leave `also` out")
+        return self
 
 
 class ClusterError(RuntimeError):
@@ -74,6 +92,14 @@ class Child:
     pid: int
     log: str
     argv: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model as vLLM takes it, and the name that clients use."""
+
+    path: str
+    name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +152,18 @@ class Cluster:
         return f"http://{LOOPBACK}:{self.port}"
 
     @property
+    def models(self) -> list[Model]:
+        """What the engines run: the first model, and the further ones; raises :class:`ClusterError`."""
+        path = self.settings.model or ("" if self.settings.engine == "sim" else str(demo_model()))
+        found = [Model(path, self.model), *map(further, self.settings.also)]
+        names = [model.name for model in found]
+        if len(set(names)) < len(names):
+            raise ClusterError(f"two models are called the same ({', '.join(names)}): give --also PATH=NAME")
+        return found
+
+    @property
     def model(self) -> str:
-        """Name that clients use."""
+        """Name that clients use for the first model."""
         settings = self.settings
         default = "sim" if settings.engine == "sim" else "demo"
         return settings.served_model_name or (Path(settings.model).name if settings.model else default)
@@ -161,14 +197,22 @@ class Cluster:
         settings = self.settings
         router = ["--host", settings.host, "--port", str(self.port), "--link", link]
         router += ["--drain-s", str(settings.drain_s), "--log-level", settings.log_level]
-        found = [Plan("router", "router", self._command("router", router), {})]
         if settings.engine == "sim":
-            return [*found, self._simulated(link)]
-        placed = seats(self._hardware, settings.prefill, settings.decode)
-        for i, seat in enumerate(placed):
-            role: Role = "prefill" if i < settings.prefill else "decode"
-            number = i if role == "prefill" else i - settings.prefill
-            found.append(self._worker(role, f"{role}-{number}", link, seat))
+            return [Plan("router", "router", self._command("router", router), {}), self._simulated(link)]
+        first, *others = self.models
+        if others:
+            order = settings.model_order or [model.name for model in (*others, first)]
+            router += ["--model-order", ",".join(order)]
+            local = [] if settings.also_prefill else [model.name for model in others]
+            router += ["--local-models", ",".join(local)] if local else []
+        found = [Plan("router", "router", self._command("router", router), {})]
+        prefill = [first] * settings.prefill + (others if settings.also_prefill else [])
+        decode = [first] * settings.decode + others
+        placed = seats(self._hardware, len(prefill), len(decode))
+        pools: tuple[tuple[Role, list[Model]], ...] = ("prefill", prefill), ("decode", decode)
+        engines = [(role, number, model) for role, pool in pools for number, model in enumerate(pool)]
+        for (role, number, model), seat in zip(engines, placed, strict=True):
+            found.append(self._worker(role, f"{role}-{number}", link, seat, model))
         return found
 
     def wait_ready(
@@ -271,10 +315,10 @@ class Cluster:
             ) from None
         self._lock = lock
 
-    def _worker(self, role: Role, name: str, link: str, seat: Seat) -> Plan:
+    def _worker(self, role: Role, name: str, link: str, seat: Seat, model: Model) -> Plan:
         settings = self.settings
-        flags = ["--router", link, "--worker", name, "--model", self._model_path(), "--port", "0"]
-        flags += ["--served-model-name", self.model, "--run-dir", str(self._sockets)]
+        flags = ["--router", link, "--worker", name, "--model", model.path, "--port", "0"]
+        flags += ["--served-model-name", model.name, "--run-dir", str(self._sockets)]
         flags += ["--drain-s", str(settings.drain_s), "--log-level", settings.log_level]
         engine = ["--dtype", settings.dtype or self._default_dtype()]
         engine += ["--max-num-batched-tokens", str(settings.chunk), *seat.flags]
@@ -284,7 +328,7 @@ class Cluster:
         if settings.max_model_len is not None:
             engine += ["--max-model-len", str(settings.max_model_len)]
         argv = self._command(role, (*flags, "--", *engine, *self.engine_args))
-        return Plan(name, role, argv, {**self._engine_env(), **seat.env})
+        return Plan(name, role, argv, {**self._engine_env(model), **seat.env})
 
     def _simulated(self, link: str) -> Plan:
         """All workers, simulated in one process."""
@@ -309,7 +353,7 @@ class Cluster:
     def _command(self, role: Role, flags: Sequence[str]) -> tuple[str, ...]:
         return (sys.executable, "-m", "braid", role, *flags)
 
-    def _engine_env(self) -> dict[str, str]:
+    def _engine_env(self, model: Model) -> dict[str, str]:
         env = {
             "VLLM_CPU_KVCACHE_SPACE": f"{self.settings.kv_cache_gib:g}",
             "VLLM_HOST_IP": LOOPBACK,
@@ -318,15 +362,12 @@ class Cluster:
             "VLLM_LOGGING_LEVEL": self.settings.log_level.upper(),
             "GLOO_SOCKET_IFNAME": "lo",
         }
-        if Path(self._model_path()).is_dir():
+        if Path(model.path).is_dir():
             env["HF_HUB_OFFLINE"] = "1"
         return env
 
     def _default_dtype(self) -> str:
         return "auto" if self._hardware.gpus else "float32"
-
-    def _model_path(self) -> str:
-        return self.settings.model or str(demo_model())
 
     def _spawn(self, plan: Plan) -> None:
         log = self.run_dir / f"{plan.name}.log"
@@ -506,9 +547,10 @@ def banner(cluster: Cluster) -> str:
     """What a user can do now."""
     question = "Ines has 4 boxes with 22 eggs each. Ines loses 55 eggs. How many eggs are there now?"
     body = json.dumps({"model": cluster.model, "messages": [{"role": "user", "content": question}]})
+    models = ", ".join(model.name for model in cluster.models)
     url = "" if cluster.port == 8000 else f" --url {cluster.url}"
     return f"""
-Ready at {cluster.url} (model {cluster.model}; logs in {cluster.run_dir}; Ctrl-C stops). Try:
+Ready at {cluster.url} (model {models}; logs in {cluster.run_dir}; Ctrl-C stops). Try:
 
   curl {cluster.url}/v1/chat/completions -H 'Content-Type: application/json' \\
     -d {shlex.quote(body)}
@@ -517,13 +559,23 @@ Ready at {cluster.url} (model {cluster.model}; logs in {cluster.run_dir}; Ctrl-C
 """
 
 
-def demo_model() -> Path:
-    """Folder of the model that ships with Braid.
+def further(given: str) -> Model:
+    """A model as `also` gives it: PATH, PATH=NAME, or `demo-small`; raises :class:`ClusterError`."""
+    path, _, name = given.partition("=")
+    if path == SMALL and not Path(path).exists():
+        return Model(str(demo_model("small")), name or SMALL)
+    if not path:
+        raise ClusterError(f"--also takes PATH or PATH=NAME, not {given!r}")
+    return Model(path, name or Path(path).name)
+
+
+def demo_model(folder_name: str = "model") -> Path:
+    """Folder of a model that ships with Braid.
 
     Raises:
         ClusterError: it is not there.
     """
-    folder = Path(__file__).resolve().parent.parent / "demo" / "model"
+    folder = Path(__file__).resolve().parent.parent / "demo" / folder_name
     if not (folder / "config.json").is_file():
         raise ClusterError(f"the demo model is not in {folder}: install Braid again, or give --model")
     return folder

@@ -19,17 +19,21 @@ from braid.errors import (
     Unavailable,
 )
 from braid.settings import RouterSettings
-from router import plain, reasoning, strategies
+from router import efforts, models, plain, reasoning, responses, strategies
 from router.admission import Admission
 from router.auth import Keys
 from router.cluster import RETRY_AFTER_S, Cluster
+from router.direct import streamed
 from router.dispatch import Job
+from router.estimates import Estimates
+from router.history import Entry, History
 from router.http import Call, Receive, Scope, Send
 from router.link import Link
 from router.metrics import CONTENT_TYPE, Metrics
 from router.pairs import Pairs
 from router.registry import Registry
 from router.retrievers import Retrievers
+from router.strategies import auto
 from router.tracing import make_tracer
 from router.validate import Endpoint, Request, parse_body, validate
 from router.verifiers import Verifiers
@@ -39,6 +43,7 @@ log = logging.getLogger("braid.router")
 Handler = Callable[[Call, str], Awaitable[None]]
 """Answers a call of a tenant."""
 
+RESPONSES, GROUPS = "/v1/responses", "/v1/groups/"
 _OPEN = ("/health", "/ready")
 _TARGETS: dict[Endpoint, str] = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 
@@ -72,6 +77,7 @@ class App:
             self.pairs,
             self.verifiers,
             self.retrievers,
+            Estimates(settings.kv_bandwidth),
         )
         self.admission = Admission(
             settings.max_inflight,
@@ -80,6 +86,9 @@ class App:
             self.metrics,
             settings.group_share,
         )
+        self.efforts = efforts.load(settings.effort_table)
+        auto.check(self.efforts)
+        self.history = History(settings.group_history)
         self._keys = Keys(settings.api_keys_file)
         self.tracer = make_tracer(settings)
         self._started = int(time.time())
@@ -92,8 +101,10 @@ class App:
             "/cluster": ("GET", self._cluster),
             "/v1/models": ("GET", self._models),
             "/v1/strategies": ("GET", self._strategies),
-            "/v1/chat/completions": ("POST", lambda call, tenant: self._generate(call, tenant, "chat")),
-            "/v1/completions": ("POST", lambda call, tenant: self._generate(call, tenant, "completions")),
+            "/v1/chat/completions": ("POST", self._chat),
+            "/v1/completions": ("POST", self._completions),
+            RESPONSES: ("POST", self._responses),
+            GROUPS: ("GET", self._group),
             "/tokenize": ("POST", self._passthrough),
             "/detokenize": ("POST", self._passthrough),
         }
@@ -124,13 +135,15 @@ class App:
         """Assert what must hold of all stores; when ``idle``, that nothing is left of any request."""
         self.cluster.check_integrity(idle)
         self.admission.check_integrity(idle)
+        self.history.check_integrity(idle)
         assert not idle or not self._running
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1000})
             return
-        call = Call(scope, receive, send, self.settings)
+        kind = responses.ResponsesCall if scope["path"] == RESPONSES else Call
+        call = kind(scope, receive, send, self.settings)
         if call.method == "POST" and call.path in self._routes:
             call.trace = self.tracer.request(f"POST {call.path}", call.headers)
         try:
@@ -146,7 +159,7 @@ class App:
             call.end_trace()
 
     def _route(self, call: Call) -> Handler:
-        route = self._routes.get(call.path)
+        route = self._routes.get(GROUPS if call.path.startswith(GROUPS) else call.path)
         if route is None:
             raise NotFound("No such path.", code="unknown_path")
         method, handler = route
@@ -163,14 +176,31 @@ class App:
 
     # Requests that run on workers
 
-    async def _generate(self, call: Call, tenant: str, endpoint: Endpoint) -> None:
-        body = await self._body(call)
-        plan = reasoning.split(body, self.registry.models())
+    async def _chat(self, call: Call, tenant: str) -> None:
+        await self._generate(call, tenant, "chat", await self._body(call))
+
+    async def _completions(self, call: Call, tenant: str) -> None:
+        await self._generate(call, tenant, "completions", await self._body(call))
+
+    async def _responses(self, call: Call, tenant: str) -> None:
+        body, asked = responses.translate(await self._body(call))
+        assert isinstance(call, responses.ResponsesCall)
+        call.word_as(asked)
+        await self._generate(call, tenant, "chat", body)
+
+    async def _generate(self, call: Call, tenant: str, endpoint: Endpoint, body: dict[str, Any]) -> None:
+        plan = reasoning.split(body, self.registry.models(), self.settings.effort)
         request = validate(endpoint, body, self.settings.max_n)
         model = self.cluster.served_model(request.model)
         priority = body.pop("priority", None) or 0  # vLLM refuses one unless it schedules by it
         if tenant:
             body["cache_salt"] = _salt(tenant, body.get("cache_salt"))
+        strategy = None
+        if plan is not None:
+            plan = models.resolved(plan, self.cluster)
+            strategy = reasoning.prepare(plan, request, self.settings, self.efforts)
+        if strategy is None and call.path == RESPONSES and (request.n or 1) > 1:
+            raise BadRequest("A response has one answer: choose among samples.", param="reasoning.n")
         job = Job(
             target=_TARGETS[endpoint],
             body={**body, "model": model} if request.model is not None else body,
@@ -181,21 +211,29 @@ class App:
             prompts=request.prompts,
             headers=call.headers_for_workers(),
             local=self._local(request),
-            group=(request.n or 1) * request.prompts > 1,
+            several=(request.n or 1) * request.prompts > 1,
             priority=priority,
             trace=call.trace,
+            group=call.begin_group(),
         )
         call.trace.note(model=model, operation="chat" if endpoint == "chat" else "text_completion")
-        if plan is None:
-            call.trace.note(n=job.n)
-            work = plain.run(self.cluster, call, job, request.stream)
-            await self._serve(call, endpoint, _Claim(job.n * job.prompts, tenant, priority), work)
+        label = "responses" if call.path == RESPONSES else endpoint
+        n = job.n if strategy is None else strategy.options.n
+        entry = Entry(job.group, job.request_id, label, model, n)
+        self.history.begin(tenant, job.group, entry)
+        if strategy is None:
+            call.trace.note(n=n)
+            work = plain.run(self.cluster, call, job, request.stream, entry)
+            await self._serve(call, label, _Claim(n * job.prompts, tenant, priority), work, entry)
             return
-        strategy = reasoning.prepare(plan, request, self.settings)
-        call.trace.note(strategy=strategy.spec.name, n=strategy.options.n)
-        until = reasoning.due(call, strategy)
-        work = reasoning.run(self.cluster, call, job, strategy, request.stream)
-        await self._serve(call, endpoint, _Claim(strategy.slots, tenant, priority, until), work)
+        call.trace.note(strategy=strategy.spec.name, n=n)
+        claim = _Claim(strategy.slots, tenant, priority, reasoning.due(call, strategy))
+        if request.stream and (found := streamed(strategy.spec, strategy.options, job, call.received)):
+            self.metrics.strategies.labels(strategy.spec.name).inc()
+            work = plain.run(self.cluster, call, found[0], True, entry, found[1])
+        else:
+            work = reasoning.run(self.cluster, call, job, strategy, request.stream, entry)
+        await self._serve(call, label, claim, work, entry)
 
     async def _passthrough(self, call: Call, tenant: str) -> None:
         body = await self._body(call)
@@ -223,19 +261,34 @@ class App:
             return "unshareable"
         return "short" if request.chars < self.settings.remote_min_chars else ""
 
-    async def _serve(self, call: Call, endpoint: str, claim: _Claim, work: Coroutine[Any, Any, None]) -> None:
+    async def _serve(
+        self,
+        call: Call,
+        endpoint: str,
+        claim: _Claim,
+        work: Coroutine[Any, Any, None],
+        entry: Entry | None = None,
+    ) -> None:
         """Admit, run and count a request; it ends exactly once, whatever happens."""
         task = asyncio.create_task(call.while_connected(self._admitted(call, endpoint, claim, work)))
         self._running.add(task)
+        outcome = "failed"
         try:
             await task
+            outcome = call.outcome
+        except ClientGone:
+            outcome = "cancelled"
+            raise
         except asyncio.CancelledError:
+            outcome = "cancelled"
             if not self._aborting:
                 raise
             raise Unavailable("This router is shutting down.", retry_after_s=RETRY_AFTER_S) from None
         finally:
             self._running.discard(task)
             work.close()
+            if entry is not None:
+                entry.end(outcome)
 
     async def _admitted(
         self, call: Call, endpoint: str, claim: _Claim, work: Coroutine[Any, Any, None]
@@ -283,6 +336,7 @@ class App:
                 "ready": self.pairs.ready(),
                 "epoch": self.link.epoch,
                 "models": self.registry.models(),
+                "models_ready": self.pairs.ready_models(),
                 "workers": self.registry.state(),
                 "pairs": self.pairs.state(),
                 "inflight": len(self.link.open_refs()),
@@ -306,8 +360,14 @@ class App:
         ]
         await call.respond_json({"object": "list", "data": data})
 
+    async def _group(self, call: Call, tenant: str) -> None:
+        entry = self.history.find(tenant, call.path.removeprefix(GROUPS))
+        if entry is None:
+            raise NotFound("No group of this id is known, or it is too long ago.", code="unknown_group")
+        await call.respond_json(entry.view())
+
     async def _strategies(self, call: Call, tenant: str) -> None:
-        data = strategies.describe(trigger=self.settings.trigger)
+        data = strategies.describe(trigger=self.settings.trigger, models=list(self.settings.model_order))
         services = {"verifiers": self.verifiers.describe(), "retrievers": self.retrievers.describe()}
         await call.respond_json({"object": "list", "data": data, **services})
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from braid.errors import NotFound, Unavailable
+from braid.errors import BadRequest, NotFound, Unavailable
 from braid.settings import RouterSettings
+from router.estimates import Estimates
 from router.link import Link
 from router.metrics import Metrics
 from router.pairs import Pairs
@@ -26,17 +27,21 @@ class Cluster:
     pairs: Pairs
     verifiers: Verifiers
     retrievers: Retrievers
+    estimates: Estimates = field(default_factory=Estimates)
 
     def served_model(self, model: str | None) -> str:
         """The model a request means; None means the only one.
 
         Raises:
+            BadRequest: it is None and there are several.
             NotFound: no worker has ever served it.
             Unavailable: none serves it now.
         """
         models = self.registry.models()
-        if model is None and len(models) == 1:
-            return models[0]
+        if model is None and models:
+            if len(models) == 1:
+                return models[0]
+            raise BadRequest(f"model is missing; this router serves {', '.join(models)}.", param="model")
         if model is not None and (model in models or self.registry.has_served(model)):
             if not self.registry.ready("decode", model):
                 raise Unavailable("No decode worker serves this model now.", retry_after_s=RETRY_AFTER_S)

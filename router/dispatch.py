@@ -47,11 +47,12 @@ class Job:
         home: name of the decode worker that has the prompt already; used if it is ready.
         after: what ``home`` knows the sample by that the body goes on from.
         watch: what the decode workers measure of the samples (mode ``samples``).
-        group: whether the request runs several samples at a time.
+        several: whether the request runs several samples at a time.
         priority: lower is earlier.
         cut_at: on the event loop's clock, when nobody waits for the samples any more (mode ``samples``): its
             answer is due, and what runs is cancelled without hearing what becomes of it.
         trace: span that those of the dispatches are below.
+        group: id of the request's group, for the workers' logs.
     """
 
     target: str
@@ -69,10 +70,11 @@ class Job:
     home: str = ""
     after: str = ""
     watch: wire.Watch | wire.Verdict | None = None
-    group: bool = False
+    several: bool = False
     priority: int = 0
     cut_at: float | None = None
     trace: Trace = OFF
+    group: str = ""
 
 
 @dataclass(slots=True, eq=False)
@@ -171,10 +173,18 @@ class Fanout:
             raise Unavailable("No decode worker is ready.", retry_after_s=RETRY_AFTER_S)
         job = self.job
         home = [worker for worker in decoders if worker.name == job.home]
-        spread = self.cluster.settings.spread if job.prompts == 1 else "pack"
+        spread = self.cluster.settings.spread if self._divisible else "pack"
         local = "continued" if home and job.after else job.local
+        if spread == "auto" and not job.after:
+            home = []  # who has the prompt is one thing among others
         plan = placement.place(
-            home or decoders, self._prefillers(), self.cluster.pairs.usable, job.n, spread, local
+            home or decoders,
+            self._prefillers(),
+            self.cluster.pairs.usable,
+            job.n,
+            spread,
+            local,
+            self._by_cost,
         )
         self.reason = plan.reason
         self.shares = [Share(placed.worker, job.first + placed.first, placed.n) for placed in plan.shares]
@@ -262,6 +272,14 @@ class Fanout:
         ready = self.cluster.registry.ready("prefill", self.job.model)
         return [worker for worker in ready if worker is not without]
 
+    @property
+    def _divisible(self) -> bool:
+        """Whether there is one prompt, whose samples may be divided."""
+        return self.job.prompts == 1 and self.job.local != "no_prompt"
+
+    def _by_cost(self, workers: Sequence[Worker], n: int, local: bool) -> tuple[placement.Placed, ...]:
+        return self.cluster.estimates.divide(self.job.model, self.job.body, workers, n, local)
+
     def _watch(self, worker: Worker) -> None:
         worker.watchers.add(self._inbox.gone)
         self._watched.add(worker)
@@ -284,6 +302,7 @@ class Fanout:
             msgspec.json.encode(self.job.body),
             self.job.request_id,
             deadline - now,
+            self.job.group,
         )
         self.cluster.link.send(worker, message)
         return producer
@@ -291,6 +310,8 @@ class Fanout:
     def _send_decode(self, share: Share) -> None:
         now = asyncio.get_running_loop().time()
         share.heard = now
+        if self._divisible and self.cluster.settings.spread == "auto":
+            self.cluster.estimates.prefixes.note(self.job.body, share.worker.hello.epoch)
         share.dispatch = self.cluster.link.open(share.worker, share.n * self.job.prompts, self._inbox, share)
         self._watch(share.worker)
         share.span = self.job.trace.begin(
@@ -312,6 +333,7 @@ class Fanout:
             after=self.job.after if share.worker.name == self.job.home else "",
             watch=self.job.watch,
             group=self.job.group,
+            several=self.job.several,
             priority=self.job.priority,
         )
         self.cluster.link.send(share.worker, message)

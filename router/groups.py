@@ -78,9 +78,17 @@ class WorkerSampler:
             after="" if after is None else after.kept,
             trace=self._job.trace.begin("group", request_id=request_id, n=n, first=first),
         )
-        group = WorkerGroup(Fanout(self._cluster, job))
+        group = WorkerGroup(Fanout(self._cluster, job), 0 if after is None else self._told(after))
         self.groups.append(group)
         return group
+
+    def _told(self, after: Sample) -> int:
+        """Tokens of a sample and of the prompt it was drawn from."""
+        for group in self.groups:
+            job = group.fanout.job
+            if job.first <= after.index < job.first + job.n:
+                return group.usage.prompt_tokens + after.tokens
+        return 0
 
     def _local(self, body: Mapping[str, Any]) -> str:
         """The job's reason not to prefill remotely; a strategy's prompt may be longer than the client's."""
@@ -90,7 +98,7 @@ class WorkerSampler:
     def _home(self, body: Mapping[str, Any]) -> str:
         """The worker that has the prompt from an earlier wave, if one alone has."""
         for group in reversed(self.groups):
-            if group.fanout.job.body == {**body, "n": group.fanout.job.n}:
+            if _prompt(group.fanout.job.body) == _prompt(body):
                 workers = {share.worker.name for share in group.fanout.shares}
                 return workers.pop() if len(workers) == 1 else ""
         return ""
@@ -114,8 +122,10 @@ class WorkerSampler:
 class WorkerGroup:
     """A :class:`router.sampler.Group`. Owns its fan-out: started on entry, closed on exit."""
 
-    def __init__(self, fanout: Fanout) -> None:
+    def __init__(self, fanout: Fanout, told: int = 0) -> None:
+        """``told``: tokens at the beginning of the prompt that the request has told of already."""
         self.usage = GroupUsage()
+        self._told = told
         self.fanout = fanout
         self._outstanding = set(range(fanout.job.first, fanout.job.first + fanout.job.n))
         self._tokens: dict[Share, int] = {}
@@ -219,6 +229,9 @@ class WorkerGroup:
         usage.completion_tokens += max(message.choice_tokens, self._tokens.get(share, 0))
         usage.prompt_tokens = max(usage.prompt_tokens, message.prompt_tokens)
         usage.cached_tokens = max(usage.cached_tokens, message.cached_tokens)
+        usage.continued_tokens = min(self._told, usage.prompt_tokens)
+        job = self.fanout.job
+        self.fanout.cluster.estimates.learn(job.model, job.body, share.n, message)
         self._note_workers()
         return None if message.status == 200 else from_engine(message.status, message.body)
 
@@ -241,6 +254,14 @@ class WorkerGroup:
         self.usage.prefill = fanout.prefill
         known = proof.by_worker((share.worker.name, share.kv) for share in fanout.shares)
         self.usage.kv.update({name: record for name, record in known.items() if record is not None})
+
+
+_LIMITS = ("n", "max_tokens", "max_completion_tokens", "min_tokens")
+
+
+def _prompt(body: Mapping[str, Any]) -> dict[str, Any]:
+    """A body without what says how much is generated: waves inside a budget differ in that."""
+    return {key: value for key, value in body.items() if key not in _LIMITS}
 
 
 def from_engine(status: int, body: bytes) -> BraidError:

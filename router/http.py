@@ -11,11 +11,12 @@ from typing import Any, TypeVar
 import msgspec
 
 from braid.errors import BadRequest, BraidError, ClientGone, TooLarge
+from braid.log import GROUP
 from braid.settings import RouterSettings
 from router.link import SlowReader
 from router.sse import event
 from router.tracing import OFF, Trace
-from router.validate import check_request_id
+from router.validate import check_group, check_request_id
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -47,6 +48,7 @@ _NOT_TO_WORKERS = _HOP_BY_HOP | {
     "expect",
     "host",
     "x-request-id",
+    "x-braid-group",
 }
 _NOT_TO_CLIENTS = _HOP_BY_HOP | {"date", "server", "x-request-id"}
 _REFUSED = "x-data-parallel-rank"
@@ -69,6 +71,7 @@ class Call:
         self.path: str = scope["path"]
         self.headers = [(k.decode("latin-1"), v.decode("latin-1")) for k, v in scope["headers"]]
         self.request_id = secrets.token_hex(16)
+        self.group = ""
         self._receive = receive
         self._send = send
         self._settings = settings
@@ -81,7 +84,7 @@ class Call:
         """Refuse what can't be served safely and take the client's request id.
 
         Raises:
-            BadRequest: ambiguous framing, an unusable request id, or an internal header.
+            BadRequest: ambiguous framing, an unusable id of request or group, or an internal header.
         """
         names = [key for key, _ in self.headers]
         if names.count("content-length") > 1 or ("content-length" in names and "transfer-encoding" in names):
@@ -91,6 +94,15 @@ class Call:
         given = self.header("x-request-id")
         if given is not None:
             self.request_id = check_request_id(given)
+        if (wanted := self.header("x-braid-group")) is not None:
+            check_group(wanted)
+
+    def begin_group(self) -> str:
+        """The id of the group that answers, the client's own or a new one; the reply carries it."""
+        self.group = self.header("x-braid-group") or secrets.token_hex(16)
+        GROUP.set(self.group)
+        self.trace.share(group=self.group)
+        return self.group
 
     def headers_for_workers(self) -> tuple[tuple[str, str], ...]:
         """The client's headers without those of this connection and without its secrets."""
@@ -149,6 +161,8 @@ class Call:
         self.started = True
         self.status = status
         self._sse = any(k == "content-type" and v.startswith("text/event-stream") for k, v in headers)
+        if self.group:
+            headers = [*headers, ("x-braid-group", self.group)]
         raw = [(k.encode("latin-1"), v.encode("latin-1")) for k, v in headers]
         await self._deliver({"type": "http.response.start", "status": status, "headers": raw})
 

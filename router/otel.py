@@ -92,6 +92,7 @@ class OtelTrace(Trace):
         self._span = tracer.start_span(name, parent, kind, start_time=self._began)
         self._context = trace.set_span_in_context(self._span, Context())
         self._children: list[Trace] = []
+        self._shared: dict[str, Value] = {}
         self._error = ""
         self._kv: wire.KvRecord | None = None
         self._ended = False
@@ -99,6 +100,7 @@ class OtelTrace(Trace):
 
     def begin(self, name: str, **attributes: Value) -> Trace:
         child = OtelTrace(self._tracer, name, self._clock, self._context)
+        child.share(**self._shared)
         child.note(**attributes)
         self._children.append(child)
         return child
@@ -107,6 +109,10 @@ class OtelTrace(Trace):
         for name, value in attributes.items():
             if value is not None and value != "":
                 self._span.set_attribute(_STANDARD.get(name, f"braid.{name}"), value)
+
+    def share(self, **attributes: Value) -> None:
+        self._shared |= attributes
+        self.note(**attributes)
 
     def usage(self, usage: Mapping[str, object]) -> None:
         details = usage.get("prompt_tokens_details")
@@ -161,6 +167,9 @@ class OtelTrace(Trace):
     def _transfer(self, record: wire.KvRecord) -> None:
         """A child for what the decode worker tells of its KV, timed from the dispatch."""
         span = self._tracer.start_span("kv_transfer", self._context, start_time=self._began)
+        for name, value in self._shared.items():
+            if value is not None:
+                span.set_attribute(f"braid.{name}", value)
         for name in record.__struct_fields__:
             span.set_attribute(f"braid.kv.{name}", getattr(record, name))
         span.end(self._began + round(1e9 * (record.queue_s + record.wait_s + record.wire_s)))

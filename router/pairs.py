@@ -66,16 +66,21 @@ class Pairs:
         return pair is not None and (pair.verified or not self._settings.verify_pairs)
 
     def ready(self) -> bool:
-        """Whether each served model has a usable pair of usable workers (and there is a model).
+        """Whether each served model is ready (and there is a model)."""
+        models = self.ready_models()
+        return bool(models) and all(models.values())
+
+    def ready_models(self) -> dict[str, bool]:
+        """Of each served model, whether it has a usable pair of usable workers.
 
         A model that had one stays ready while a decode worker is: it computes prompts itself, and a
-        restart of the only prefill worker must not take the router out of service.
+        restart of the only prefill worker must not take the router out of service. One of ``local_models``
+        needs a decode worker only.
         """
         models = self._registry.models()
         self._proven.update(model for model in models if self._has_pair(model))
-        return bool(models) and all(
-            model in self._proven and self._registry.ready("decode", model) for model in models
-        )
+        proven = self._proven.union(self._settings.local_models)
+        return {model: model in proven and bool(self._registry.ready("decode", model)) for model in models}
 
     def state(self) -> list[dict[str, Any]]:
         """What ``/cluster`` shows of the pairs."""

@@ -10,6 +10,7 @@ from router.registry import Worker
 
 Usable = Callable[[Worker, Worker], bool]
 """Whether a prefill and a decode worker may be used together."""
+Spread = Literal["pack", "spread", "auto"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +20,10 @@ class Placed:
     worker: Worker
     first: int
     n: int
+
+
+Divide = Callable[[Sequence[Worker], int, bool], tuple[Placed, ...]]
+"""Shares of n samples over some of the workers; True if each computes the prompt itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,38 +41,44 @@ def place(
     prefillers: Sequence[Worker],
     usable: Usable,
     n: int,
-    spread: Literal["pack", "spread"],
+    spread: Spread,
     local: str = "",
+    by_cost: Divide | None = None,
 ) -> Plan:
     """Choose workers for ``n`` samples of one prompt; ``decoders`` is not empty.
 
     Decode workers with a usable prefill worker go before those without. ``pack`` takes the least
     loaded one, ``spread`` divides the samples evenly over those that one prefill worker can serve.
-    ``local`` is the reason not to use a prefill worker at all, empty if there is none.
+    ``auto`` leaves that to ``by_cost``. ``local`` is the reason not to use a prefill worker at all, empty if
+    there is none.
     """
+
+    def shares(workers: Sequence[Worker], alone: bool) -> tuple[Placed, ...]:
+        if spread == "auto" and by_cost is not None:
+            return by_cost(workers, n, alone)
+        return divide(by_load(workers), n, spread)
+
     if local:
-        return Plan(divide(by_load(decoders), n, spread), None, local)
+        return Plan(shares(decoders, True), None, local)
     prefill = choose_prefill(decoders, prefillers, usable, spread)
     if prefill is None:
-        reason = "no_pair" if prefillers else "no_prefill"
-        return Plan(divide(by_load(decoders), n, spread), None, reason)
-    paired = [d for d in decoders if usable(prefill, d)]
-    return Plan(divide(by_load(paired), n, spread), prefill)
+        return Plan(shares(decoders, True), None, "no_pair" if prefillers else "no_prefill")
+    return Plan(shares([d for d in decoders if usable(prefill, d)], False), prefill)
 
 
 def choose_prefill(
     decoders: Sequence[Worker],
     prefillers: Sequence[Worker],
     usable: Usable,
-    spread: Literal["pack", "spread"],
+    spread: Spread,
 ) -> Worker | None:
-    """The prefill worker that reaches most of ``decoders`` (``spread``) or the least loaded of them
+    """The prefill worker that reaches most of ``decoders`` (``spread``, ``auto``) or the least loaded of them
     (``pack``); among equals the least loaded one."""
     reach = {p: [d for d in decoders if usable(p, d)] for p in prefillers}
     candidates = [p for p in prefillers if reach[p]]
     if not candidates:
         return None
-    if spread == "spread":
+    if spread != "pack":
         return min(candidates, key=lambda p: (-len(reach[p]), p.load, p.beat.waiting, p.name))
     return min(candidates, key=lambda p: (min(d.load for d in reach[p]), p.load, p.beat.waiting, p.name))
 
@@ -77,7 +88,7 @@ def by_load(workers: Sequence[Worker]) -> list[Worker]:
     return sorted(workers, key=lambda w: (w.load, w.beat.waiting, w.name))
 
 
-def divide(workers: Sequence[Worker], n: int, spread: Literal["pack", "spread"]) -> tuple[Placed, ...]:
+def divide(workers: Sequence[Worker], n: int, spread: Spread) -> tuple[Placed, ...]:
     """Consecutive samples to each worker: all to the first, or evenly, the first ones taking the rest."""
     if spread == "pack":
         return (Placed(workers[0], 0, n),)

@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
 from braid import wire
-from braid.errors import UpstreamFailed
+from braid.errors import DeadlineExceeded, UpstreamFailed
 from router import proof
 from router.cluster import Cluster
+from router.direct import Streamed
 from router.dispatch import Failed, Fanout, Job, Share
+from router.history import Entry
 from router.http import Call, Headers, headers_for_clients
-from router.sse import Broken, Joiner, event, join_bodies, parse_object
+from router.sse import DONE, Broken, Joiner, event, join_bodies, parse_object
 
+Usage = Mapping[str, Any]
+"""OpenAI's usage object; empty where nothing is known."""
 HEADS_WAIT_S = 0.1
 """How long the first bytes of a stream wait for the other shares, so that the headers tell of all."""
 
 
-async def run(cluster: Cluster, call: Call, job: Job, stream: bool) -> None:
-    """Answer ``call`` with what the workers make of ``job``.
+async def run(
+    cluster: Cluster,
+    call: Call,
+    job: Job,
+    stream: bool,
+    entry: Entry | None = None,
+    direct: Streamed | None = None,
+) -> None:
+    """Answer ``call`` with what the workers make of ``job``, and tell ``entry`` of it. ``direct``: the report
+    of that strategy goes with the last chunk of the stream.
 
     Raises:
         BraidError: it could not be answered; the caller words the error.
@@ -28,7 +41,11 @@ async def run(cluster: Cluster, call: Call, job: Job, stream: bool) -> None:
     fanout = Fanout(cluster, job)
     try:
         fanout.start()
-        await (_Stream(cluster, call, fanout).run() if stream else _whole(call, fanout))
+        if entry is not None:
+            entry.follow(lambda: (fanout.prefill, list(records(fanout))))
+        usage = await (_Stream(cluster, call, fanout, direct).run() if stream else _whole(call, fanout))
+        if entry is not None:
+            entry.spent(usage)
     except Broken as error:
         raise UpstreamFailed(f"A worker's answer could not be used: {error}.") from None
     finally:
@@ -57,22 +74,24 @@ def proof_headers(call: Call, fanout: Fanout) -> Headers:
 
 
 def proof_body(fanout: Fanout) -> dict[str, Any]:
-    return proof.body(fanout.prefill, records(fanout))
+    return {**proof.body(fanout.prefill, records(fanout)), "group": fanout.job.group}
 
 
-async def _whole(call: Call, fanout: Fanout) -> None:
+async def _whole(call: Call, fanout: Fanout) -> Usage:
     answers = await _collect(fanout)
     for head, body in answers.values():
         if head.status != 200:
             await _respond(call, fanout, head, body)
-            return
+            return {}
     shares = [(share.first, parse_object(body)) for share, (_, body) in answers.items()]
     joined = join_bodies(sorted(shares, key=lambda pair: pair[0]))
     joined["braid"] = proof_body(fanout)
     head = next(iter(answers.values()))[0]
-    usage = joined.get("usage")
-    call.trace.usage(usage if isinstance(usage, dict) else {})
+    told = joined.get("usage")
+    usage = told if isinstance(told, dict) else {}
+    call.trace.usage(usage)
     await _respond(call, fanout, head, msgspec.json.encode(joined))
+    return usage
 
 
 async def _collect(fanout: Fanout) -> dict[Share, tuple[wire.Head, bytes]]:
@@ -104,7 +123,8 @@ async def _respond(call: Call, fanout: Fanout, head: wire.Head, body: bytes, wit
 class _Stream:
     """One streamed answer. Holds the first bytes until the headers are known."""
 
-    def __init__(self, cluster: Cluster, call: Call, fanout: Fanout) -> None:
+    def __init__(self, cluster: Cluster, call: Call, fanout: Fanout, direct: Streamed | None) -> None:
+        self._direct = direct
         self._cluster = cluster
         self._call = call
         self._fanout = fanout
@@ -115,20 +135,38 @@ class _Stream:
         self._error: tuple[Share, list[bytes]] | None = None
         self._first_at = 0.0
 
-    async def run(self) -> None:
-        async for share, message in self._fanout.events():
-            match message:
-                case Failed(error):
-                    await self._write(self._joiner.cut(), force=self._call.started)
-                    raise error
-                case wire.Head():
-                    self._on_head(share, message)
-                case wire.Body():
-                    if await self._on_body(share, message):
-                        return
-        self._call.trace.usage(self._joiner.usage or {"prompt_tokens": self._fanout.prompt_tokens or None})
-        await self._write(self._joiner.finish(proof_body(self._fanout)), force=True)
+    async def run(self) -> Usage:
+        """Stream until the end; returns the usage as far as the workers told it."""
+        try:
+            async for share, message in self._fanout.events():
+                match message:
+                    case Failed(error):
+                        await self._write(self._joiner.cut(), force=self._call.started)
+                        raise error
+                    case wire.Head():
+                        self._on_head(share, message)
+                    case wire.Body():
+                        if await self._on_body(share, message):
+                            return {}
+        except DeadlineExceeded:
+            if self._direct is None or not self._direct.text:
+                raise
+            return await self._cut(self._direct)
+        usage = self._joiner.usage or {"prompt_tokens": self._fanout.prompt_tokens or None}
+        self._call.trace.usage(usage)
+        more = (
+            {"reasoning": await self._direct.report(usage.get("completion_tokens"))} if self._direct else {}
+        )
+        await self._write(self._joiner.finish(proof_body(self._fanout), **more), force=True)
         await self._call.end()
+        return usage
+
+    async def _cut(self, direct: Streamed) -> Usage:
+        """End at the deadline with the text so far."""
+        told = {"reasoning": await direct.report(None, "deadline"), "braid": proof_body(self._fanout)}
+        await self._write(event({**direct.cut(), **told}) + DONE, force=True)
+        await self._call.end()
+        return {}
 
     def _on_head(self, share: Share, head: wire.Head) -> None:
         self._heads[share] = head
@@ -142,6 +180,8 @@ class _Stream:
             raise Broken("it has no head")
         if self._error is not None:
             return await self._on_error_body(share, message)
+        if self._direct is not None:
+            self._direct.hear(message.data)
         await self._write(self._joiner.feed(self._position[share], message.data))
         if self._joiner.failed:
             self._call.outcome = "failed"

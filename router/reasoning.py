@@ -14,10 +14,12 @@ import msgspec
 from braid.errors import BadRequest
 from braid.settings import RouterSettings
 from braid.wire import KvRecord
-from router import proof, strategies
+from router import efforts, proof, strategies
 from router.cluster import Cluster
 from router.dispatch import Job
+from router.efforts import Effort, Table
 from router.groups import WorkerSampler
+from router.history import Entry
 from router.http import JSON, Call
 from router.sampler import Answer, GroupUsage, Progress
 from router.sse import DONE, event
@@ -43,10 +45,12 @@ class Prepared:
     slots: int
 
 
-def split(body: dict[str, Any], served: Sequence[str]) -> dict[str, Any] | None:
+def split(body: dict[str, Any], served: Sequence[str], effort: Effort = "pass") -> dict[str, Any] | None:
     """Take the reasoning extension out of a body, also from the model's name; None if there is none.
 
-    The result has ``strategy`` and the options. ``direct`` without options is a plain request.
+    The result has ``strategy`` and the options. ``direct`` without options is a plain request. OpenAI's own
+    ``reasoning.effort`` becomes ``reasoning_effort``, which the engine reads (``effort`` ``pass``), or
+    strategy ``auto`` where no strategy is named (``auto``).
 
     Raises:
         BadRequest: the extension is malformed or contradicts itself.
@@ -59,6 +63,7 @@ def split(body: dict[str, Any], served: Sequence[str]) -> dict[str, Any] | None:
     if named is not None:
         body["model"], suffix = named
         options = _agree(options or {}, suffix, "the model's name and reasoning")
+    options = efforts.separate(body, options, effort)
     if options is None:
         return None
     if not isinstance(options.get("strategy"), str):
@@ -75,8 +80,11 @@ def split(body: dict[str, Any], served: Sequence[str]) -> dict[str, Any] | None:
     return options
 
 
-def prepare(plan: Mapping[str, Any], request: Request, settings: RouterSettings) -> Prepared:
-    """Check a strategy's options; raises :class:`BadRequest`."""
+def prepare(
+    plan: Mapping[str, Any], request: Request, settings: RouterSettings, table: Table | None = None
+) -> Prepared:
+    """Check a strategy's options; ``auto`` goes by ``table``. Raises :class:`BadRequest`."""
+    context = {"efforts": table}
     if request.prompts != 1:
         raise BadRequest("A strategy takes one prompt a request.", param="prompt")
     n = plan.get("n")
@@ -85,9 +93,9 @@ def prepare(plan: Mapping[str, Any], request: Request, settings: RouterSettings)
     spec = strategies.get(plan["strategy"])
     if "trigger" in spec.options.model_fields:
         plan = {"trigger": settings.trigger, **plan}
-    options = spec.parse(plan)
+    options = spec.parse(plan, context)
     if options.n > settings.max_n:  # a default, as the client gave none
-        options = spec.parse({**plan, "n": settings.max_n})
+        options = spec.parse({**plan, "n": settings.max_n}, context)
     return Prepared(spec, options, options.slots)
 
 
@@ -97,29 +105,35 @@ def due(call: Call, prepared: Prepared) -> float | None:
     return None if seconds is None else call.received + seconds
 
 
-async def run(cluster: Cluster, call: Call, job: Job, prepared: Prepared, stream: bool) -> None:
-    """Answer ``call`` with what the strategy makes of it; raises :class:`braid.errors.BraidError`."""
+async def run(cluster: Cluster, call: Call, job: Job, prepared: Prepared, stream: bool, entry: Entry) -> None:
+    """Answer ``call`` with what the strategy makes of it, and tell ``entry`` of it; raises
+    :class:`braid.errors.BraidError`."""
     cluster.metrics.strategies.labels(prepared.spec.name).inc()
     until, options = due(call, prepared), prepared.options
     if until is not None:
         left = max(_LEAST_S, until - asyncio.get_running_loop().time())
         options = options.model_copy(update={"deadline_s": left})
-    job = replace(job, group=prepared.slots > 1, cut_at=None if until is None else until + GRACE_S)
+    job = replace(job, several=prepared.slots > 1, cut_at=None if until is None else until + GRACE_S)
     sampler = WorkerSampler(cluster, job)
     reply = _Reply(cluster, call, job, sampler)
     body = {key: value for key, value in job.body.items() if key not in _OURS}
-    progress = reply.progress if stream else _silent
+    entry.follow(reply.workers, prepared.spec.name)
+
+    async def progress(told: Mapping[str, Any]) -> None:
+        entry.told(told)
+        if stream:
+            await reply.progress(told)
+
     try:
         answer = await prepared.spec.run(sampler, body, options, progress)
-        call.trace.usage(_usage(answer.usages))
+        answer.report["group"] = job.group
+        usage = usage_of(answer)
+        entry.spent(usage, answer.report)
+        call.trace.usage(usage)
         await (reply.finish_stream(answer) if stream else reply.whole(answer))
     finally:
         sampler.forget()
         proof.count(cluster.metrics, _kv(sampler.usages))
-
-
-async def _silent(event: Mapping[str, Any]) -> None:
-    """The :data:`Progress` of a reply that is not streamed."""
 
 
 class _Reply:
@@ -135,14 +149,19 @@ class _Reply:
 
     async def progress(self, told: Mapping[str, Any]) -> None:
         """Stream an event of the strategy; a :data:`Progress`."""
+        told = {**told, "group": self._job.group}
         await self._write({"choices": [self._choice({}, None)], "reasoning": told})
+
+    def workers(self) -> tuple[str, list[str]]:
+        """The prefill workers, joined, and the decode workers so far."""
+        return _prefill(self._sampler.usages), list(self._records(self._sampler.usages))
 
     async def whole(self, answer: Answer) -> None:
         kind = "chat.completion" if self._chat else "text_completion"
         reply = {
             **self._frame(kind),
             "choices": [{**answer.choice, "index": 0}],
-            "usage": _usage(answer.usages),
+            "usage": usage_of(answer),
             "reasoning": self._report(answer),
             "braid": self._proof(answer.usages),
         }
@@ -159,7 +178,7 @@ class _Reply:
         await self._write(last)
         options = self._job.body.get("stream_options") or {}
         if options.get("include_usage"):
-            await self._write({"choices": [], "usage": _usage(answer.usages)})
+            await self._write({"choices": [], "usage": usage_of(answer)})
         await self._call.write(DONE, more=False)
 
     async def _write(self, fields: Mapping[str, Any]) -> None:
@@ -191,7 +210,7 @@ class _Reply:
         return proof.headers(self._call.request_id, _prefill(usages), self._records(usages))
 
     def _proof(self, usages: Sequence[GroupUsage]) -> dict[str, Any]:
-        return proof.body(_prefill(usages), self._records(usages))
+        return {**proof.body(_prefill(usages), self._records(usages)), "group": self._job.group}
 
     def _records(self, usages: Sequence[GroupUsage]) -> dict[str, KvRecord | None]:
         placed = [share.worker.name for group in self._sampler.groups for share in group.fanout.shares]
@@ -217,15 +236,24 @@ def _prefill(usages: Sequence[GroupUsage]) -> str:
     return ",".join(dict.fromkeys(usage.prefill for usage in usages if usage.prefill))
 
 
-def _usage(usages: Sequence[GroupUsage]) -> dict[str, Any]:
-    """OpenAI's usage: each group's prompt once, every generated token."""
-    prompt = sum(usage.prompt_tokens for usage in usages)
+def usage_of(answer: Answer) -> dict[str, Any]:
+    """OpenAI's usage: each token once. Of a prompt that goes on from a sample only what is new counts as
+    prompt; the rest has been counted, and ``continued_tokens`` tells it, ``recomputed_tokens`` how much of it
+    no cache had. ``reasoning_tokens`` are those generated beside the returned answer."""
+    usages = answer.usages
+    prompt = sum(usage.prompt_tokens - usage.continued_tokens for usage in usages)
     completion = sum(usage.completion_tokens for usage in usages)
+    read = {"cached_tokens": sum(max(0, one.cached_tokens - one.continued_tokens) for one in usages)}
+    if continued := sum(usage.continued_tokens for usage in usages):
+        again = sum(max(0, one.continued_tokens - one.cached_tokens) for one in usages)
+        read |= {"continued_tokens": continued, "recomputed_tokens": again}
+    beside = max(0, completion - answer.tokens) if answer.tokens is not None else 0
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": sum(usage.cached_tokens for usage in usages)},
+        "prompt_tokens_details": read,
+        "completion_tokens_details": {"reasoning_tokens": beside},
     }
 
 

@@ -68,6 +68,8 @@ class GroupUsage:
         completion_tokens: every generated token, also of stopped and failed samples.
         kv: one record a decode worker, keyed by its name.
         prefill: name of the prefill worker, empty for path ``local``.
+        continued_tokens: of the prompt's, the beginning that an earlier group of the request has told of: the
+            prompt and the tokens of the sample that this group goes on from.
     """
 
     prompt_tokens: int = 0
@@ -75,6 +77,7 @@ class GroupUsage:
     completion_tokens: int = 0
     kv: dict[str, KvRecord] = field(default_factory=dict)
     prefill: str = ""
+    continued_tokens: int = 0
 
 
 def as_one(usages: Sequence[GroupUsage]) -> GroupUsage:
@@ -93,6 +96,7 @@ def as_one(usages: Sequence[GroupUsage]) -> GroupUsage:
         sum(usage.completion_tokens for usage in usages),
         {worker: merge(of_one) for worker, of_one in records.items()},
         ",".join(dict.fromkeys(usage.prefill for usage in usages if usage.prefill)),
+        first.continued_tokens,
     )
 
 
@@ -168,8 +172,10 @@ class Answer:
         choice: the OpenAI choice returned to the client (its index is set to 0).
         report: JSON-serialisable fields of the reply's ``reasoning`` (votes, samples, confidence...).
         usages: of every group the strategy opened.
+        tokens: generated tokens of the returned answer itself, None if unknown.
     """
 
     choice: Mapping[str, Any]
     report: dict[str, Any]
     usages: list[GroupUsage]
+    tokens: int | None = None

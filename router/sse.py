@@ -64,11 +64,11 @@ class Joiner:
         """The usage of all shares that have told theirs; empty if none has."""
         return merge_usage([chunk["usage"] for chunk in self._usage.values()]) if self._usage else {}
 
-    def finish(self, proof: Mapping[str, Any]) -> bytes:
-        """The last finish chunk with ``braid`` in it, merged usage, ``[DONE]``."""
+    def finish(self, proof: Mapping[str, Any], **more: Any) -> bytes:
+        """The last finish chunk with ``braid`` and ``more`` in it, merged usage, ``[DONE]``."""
         out = []
         if self._last is not None:
-            out.append(event({**self._last, "braid": proof}))
+            out.append(event({**self._last, **more, "braid": proof}))
         out += self._held
         if self._usage:
             out.append(event(self._usage_chunk()))

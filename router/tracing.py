@@ -36,6 +36,9 @@ class Trace:
     def note(self, **attributes: Value) -> None:
         """Add attributes."""
 
+    def share(self, **attributes: Value) -> None:
+        """Add attributes to this span and to all that are begun below it from now on."""
+
     def usage(self, usage: Mapping[str, object]) -> None:
         """Add what is known of the request's tokens, in OpenAI's words."""
 

@@ -29,6 +29,7 @@ Endpoint = Literal["chat", "completions"]
 Json = Mapping[str, Any]
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_GROUP = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _TOKEN_KEY = re.compile(r"[0-9]{1,10}")
 _INTERNAL = ("kv_transfer_params", "ec_transfer_params", "kv_hints", "request_id")
 _ASSISTANT_WITHOUT_CONTENT = (
@@ -93,9 +94,18 @@ def check_request_id(value: str) -> str:
     return value
 
 
+def check_group(value: str) -> str:
+    """The client's id of a group; raises :class:`BadRequest` if it can't be used."""
+    if not _GROUP.fullmatch(value):
+        raise BadRequest(
+            "X-Braid-Group must be 1 to 64 characters of A-Z a-z 0-9 . _ -", param="X-Braid-Group"
+        )
+    return value
+
+
 def validate(endpoint: Endpoint, body: dict[str, Any], max_n: int) -> Request:
     """Check a chat or completion body; raises :class:`BadRequest`."""
-    _check_internal(body)
+    check_internal(body)
     model = body.get("model")
     if model is not None and not (isinstance(model, str) and 0 < len(model) <= MAX_MODEL_CHARS):
         raise _bad("model", "must be a model's name")
@@ -177,7 +187,8 @@ def _check_numbers(body: Json, max_n: int) -> None:
         raise _bad("n", f"must be an integer from 1 to {max_n}")
 
 
-def _check_internal(body: Json) -> None:
+def check_internal(body: Json) -> None:
+    """Raise :class:`BadRequest` if ``body`` has a field that only the cluster itself may set."""
     for field in _INTERNAL:
         if field in body:
             raise _bad(field, "is internal to the cluster and is refused from clients")

@@ -131,6 +131,8 @@ def _with_n(method: Method, known: Catalogue, n: int | None) -> Method:
     if n is None or "n" in method.reasoning or takes.get("maximum", 1) < 2:
         return method
     body = {**method.body, "reasoning": {**method.reasoning, "n": n}}
+    if _refused(body["reasoning"], known) and not _refused(method.reasoning, known):
+        return method  # what it takes depends on its other options
     return Method(_name(body) if method.name == _name(method.body) else method.name, body)
 
 
@@ -142,13 +144,18 @@ def _checked(method: Method, known: Catalogue) -> Method:
         raise CommandFailed(
             f"the server has no strategy {strategy!r}: {hint}it has {', '.join(known)}", EXIT_USAGE
         )
-    options = {key: value for key, value in method.reasoning.items() if key != "strategy"}
-    error = next(iter(Draft202012Validator(known[strategy]).iter_errors(options)), None)
-    if error is not None:
+    if (error := _refused(method.reasoning, known)) is not None:
         where = ".".join(map(str, error.path))
         what = f"{where}: {error.message}" if where else error.message
         raise CommandFailed(f"{method.name}: {what}; see GET /v1/strategies", EXIT_USAGE)
     return method
+
+
+def _refused(reasoning: Mapping[str, Any], known: Catalogue) -> Any:
+    """The first :class:`jsonschema.ValidationError` of options by the server's schema, if any."""
+    options = {key: value for key, value in reasoning.items() if key != "strategy"}
+    schema = known.get(reasoning["strategy"], {})
+    return next(iter(Draft202012Validator(schema).iter_errors(options)), None)
 
 
 def request(method: Method, extractor: str, pattern: str | None, known: Catalogue | None) -> dict[str, Any]:

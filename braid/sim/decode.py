@@ -124,7 +124,7 @@ class DecodeService:
         if isinstance(message, wire.Prefill) or message.ref in self._running:
             log.warning("unexpected_dispatch", extra={"ref": message.ref})
             return
-        flow = DispatchFlow(group=message.group, priority=message.priority)
+        flow = DispatchFlow(group=message.several, priority=message.priority)
         dispatch = _Dispatch(message, Source(message.ticket, message.reason), flow)
         self._running[message.ref] = dispatch
         dispatch.task = asyncio.create_task(self._guard(dispatch))
@@ -161,12 +161,14 @@ class DecodeService:
 
     def beat(self) -> wire.Beat:
         scheduler = self._engine.scheduler
-        return wire.Beat(
+        beat = wire.Beat(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting) + self.seats.waiting,
             kv_usage=scheduler.pool.usage,
             tickets=len(self._imports.blocks),
+            free_blocks=scheduler.pool.free_blocks,
         )
+        return self._engine.pace.tell(beat)
 
     def idle(self) -> bool:
         return not self._running and not self._tasks

@@ -6,6 +6,7 @@ import asyncio
 
 from braid.sim.model import StepModel
 from braid.sim.scheduler import Scheduler, Sequence, Step
+from braid.worker.pace import Pace
 
 MAX_DEBT_S = 0.25
 """A loop that is late makes up for at most this much; what is beyond counts as lost."""
@@ -29,6 +30,7 @@ class Engine:
         self.lag_s = 0.0
         self.lost_s = 0.0
         self.time_scale = time_scale
+        self.pace = Pace(asyncio.get_running_loop().time)
         self._model = model
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.Handle | None = None
@@ -73,6 +75,8 @@ class Engine:
             return
         seconds = self._model.seconds(len(step.work), step.attended_tokens, step.prefill_tokens)
         self.busy_s += seconds
+        if not step.prefill_tokens:
+            self.pace.note(len(step.work), step.attended_tokens, seconds * self.time_scale)
         self._due += seconds * self.time_scale
         self._timer = self._loop.call_at(self._due, self._end, step)
 

@@ -2,7 +2,8 @@
 
 :class:`Producer` and :class:`Consumer` are what the services use; :mod:`braid.sim.moved` has others of the
 same shape, over the real ends. Here a producer announces blocks and sends none, and a consumer waits as long
-as they would have taken: latency + bytes / bandwidth, from the moment the last one was announced.
+as they would have taken: latency + bytes / bandwidth, from the moment the last one was announced; transfers
+of one producer to several workers share its bandwidth.
 """
 
 from __future__ import annotations
@@ -272,9 +273,11 @@ class _Load:
 
 @dataclass(slots=True)
 class _Peer:
-    """A connection to a producer, and its loads by subscription."""
+    """A connection to a producer, and its loads by subscription. ``busy_until``: when what it sends to all
+    workers of this process has left, on the event loop's clock."""
 
     socket: zmq.asyncio.Socket
+    busy_until: float = 0.0
     task: asyncio.Task[None] | None = None
     loads: dict[int, _Load] = field(default_factory=dict)
 
@@ -284,7 +287,7 @@ class CountedConsumer:
 
     Args:
         latency_s: of a transfer.
-        bandwidth: bytes a second of a transfer.
+        bandwidth: bytes a second of a producer's link.
         time_scale: seconds that a simulated second takes.
     """
 
@@ -322,8 +325,7 @@ class CountedConsumer:
             _say(peer, kv.Subscribe(spec.key, sub, source.epoch, wants, heads, spec.deadline_s))
             async with asyncio.timeout(spec.deadline_s):
                 await ended
-                payload_s = self._latency_s + load.nbytes / self._bandwidth
-                await asyncio.sleep(payload_s * self._time_scale)
+                await asyncio.sleep(self._payload_s(peer, load.nbytes))
             said = kv.Done(spec.key, sub)
         except TimeoutError:
             raise LoadFailed("timeout") from None
@@ -342,6 +344,12 @@ class CountedConsumer:
         await asyncio.gather(*tasks, return_exceptions=True)
         for peer in self._peers.values():
             peer.socket.close()
+
+    def _payload_s(self, peer: _Peer, nbytes: int) -> float:
+        """Seconds until these bytes are here: transfers leave a producer's link one after the other."""
+        now = asyncio.get_running_loop().time()
+        peer.busy_until = max(now, peer.busy_until) + nbytes / self._bandwidth * self._time_scale
+        return peer.busy_until - now + self._latency_s * self._time_scale
 
     def _peer(self, endpoint: str) -> _Peer:
         peer = self._peers.get(endpoint)

@@ -35,4 +35,5 @@ class Counters:
             staging_bytes=self.kv.staging_bytes,
             tickets=self.kv.leases + self.kv.loads,
             engine_ok=not self._engine.llm.errored,
+            free_blocks=self.core.get("free"),
         )

@@ -14,6 +14,7 @@ import zmq.asyncio
 
 from braid import wire
 from braid.keys import apply_curve_client
+from braid.log import GROUP
 
 log = logging.getLogger("braid.worker")
 
@@ -150,13 +151,25 @@ class WorkerLink:
                     # Sent before this worker was paused or cut off; the router has given it up since.
                     log.warning("stale_dispatch", extra={"ref": message.ref})
                 else:
-                    self._service.start(message)
+                    self._start(message)
             case wire.Cancel():
                 self._service.cancel(message)
             case wire.Lost():
                 self._service.lost(message)
             case wire.Forget():
                 self._service.forget(message)
+
+    def _start(self, message: wire.Prefill | wire.Decode) -> None:
+        """Start a dispatch; what it and the tasks it makes log has the group's id."""
+        token = GROUP.set(message.group)
+        try:
+            ticket = message.ticket.id.hex() if message.ticket else None
+            log.info(
+                "dispatch", extra={"request_id": message.request_id, "ref": message.ref, "ticket": ticket}
+            )
+            self._service.start(message)
+        finally:
+            GROUP.reset(token)
 
     def _meet(self, router: int, welcome: bool) -> None:
         if self._router == router:

@@ -8,16 +8,19 @@ from typing import Any
 from braid.errors import BadRequest
 from router.strategies import (
     adaptive_consistency,
+    auto,
     beam_of_steps,
     beam_search,
     best_of_n,
     car,
+    cascade,
     certaindex,
     cot,
     cot_decoding,
     deepconf,
     direct,
     early_stopping_consistency,
+    ensemble,
     first_finish,
     genrm,
     mbr,
@@ -70,6 +73,9 @@ _SPECS = {
         _built_in(beam_of_steps, beam_of_steps.BeamOfStepsOptions),
         _built_in(particle_filtering, particle_filtering.ParticleFilteringOptions),
         _built_in(tree_of_thoughts, tree_of_thoughts.TreeOfThoughtsOptions),
+        _built_in(ensemble, ensemble.EnsembleOptions),
+        _built_in(cascade, cascade.CascadeOptions),
+        _built_in(auto, auto.AutoOptions),
     )
 }
 _OWN = frozenset(_SPECS)

@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from braid.errors import BraidError
 from braid.proof import merge
 from braid.wire import KvRecord, Verdict, Watch
 from router.sampler import Group, GroupUsage, Sample, Sampler
+from router.strategies.continuation import limit_of, limited
 
 _BRANCHES = "branches"
 _CLOSE_S = 5.0
+COMPLETION_TOKENS = 16
+"""What OpenAI's completions generate where ``max_tokens`` is not given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,17 @@ class Branch:
 def fork(branches: Sequence[Branch]) -> dict[str, Any]:
     """A body for :class:`Forking`: all of ``branches`` at once, numbered in their order."""
     return {_BRANCHES: tuple(branches)}
+
+
+def capped(body: Mapping[str, Any], most: int) -> Mapping[str, Any]:
+    """``body``, or a :func:`fork` of some, with no sample of more than ``most`` tokens. One that says less
+    stays as it is; a completion that says nothing is given 16 by the API."""
+    if _BRANCHES in body:
+        return fork([replace(branch, body=capped(branch.body, most)) for branch in body[_BRANCHES]])
+    limit = limit_of(body)
+    if limit is None and "messages" not in body:
+        limit = COMPLETION_TOKENS
+    return body if limit is not None and limit <= most else limited(body, most)
 
 
 class Forking:
@@ -165,6 +179,7 @@ def _sum_into(total: GroupUsage, usages: Sequence[GroupUsage]) -> None:
     for usage in usages:
         total.prompt_tokens += usage.prompt_tokens
         total.cached_tokens += usage.cached_tokens
+        total.continued_tokens += usage.continued_tokens
         total.completion_tokens += usage.completion_tokens
         for worker, record in usage.kv.items():
             records.setdefault(worker, []).append(record)

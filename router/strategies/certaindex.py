@@ -70,7 +70,7 @@ async def run(
         last = drawn[0].sample
         check_not_thinking(last)
         chain = joined(chain, last, chain.text + last.text, last.finish_reason)
-        if last.finish_reason != "length" or last.tokens < left:
+        if run.stopped is None and (last.finish_reason != "length" or last.tokens < left):
             return await _conclude(run, chain, probes, ended=True)
         asked = limited(continued(question, chain.text + options.probe), options.probe_tokens)
         asked |= {"temperature": 0, "stop": ["\n"], "min_tokens": 0}

@@ -79,7 +79,7 @@ async def conclude(name: str, run: Run, chosen: Scored, **fields: Any) -> Answer
     }
     told = ("answer", "confidence", "stopped_early", "samples_cancelled")
     await run.progress({"event": "decided", **{key: report[key] for key in told}})
-    return Answer({**chosen.sample.choice, "index": 0}, report, usages)
+    return Answer({**chosen.sample.choice, "index": 0}, report, usages, chosen.sample.tokens)
 
 
 __all__ = ["Run", "Scored", "collect", "collect_waves", "conclude", "most_confident"]

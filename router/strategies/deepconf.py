@@ -10,21 +10,12 @@ from pydantic import Field
 
 from braid.wire import Watch
 from router.sampler import Answer, Progress, Sampler
-from router.strategies.ballots import conclude_vote, votes_of
+from router.strategies.ballots import conclude_vote
 from router.strategies.collect import Run
-from router.strategies.confidence import (
-    MAX_TOP,
-    Measure,
-    as_asked,
-    confidences,
-    percentile,
-    trace_confidence,
-    with_top,
-)
+from router.strategies.confidence import MAX_TOP, Measure, as_asked, with_top
+from router.strategies.confident import Judge
 from router.strategies.options import ManyOptions
 from router.strategies.prompt import sampled
-from router.strategies.scored import Scored, finite
-from router.strategies.voting import Votes, confidence
 
 
 class DeepconfOptions(ManyOptions):
@@ -47,7 +38,8 @@ class DeepconfOptions(ManyOptions):
     top: int = Field(MAX_TOP, ge=1, le=MAX_TOP)
     """Log-probabilities of a position that make up a token's confidence (k)."""
     tau: float = Field(0.95, gt=0, le=1)
-    """Stopping level: the winner's share of the confidence of all votes."""
+    """Stopping level: the winner's share of the confidence of all samples with an answer, also of those
+    under the threshold: the few over it may well agree by chance."""
 
     @property
     def slots(self) -> int:
@@ -59,7 +51,7 @@ async def run(
     sampler: Sampler, body: Mapping[str, Any], options: DeepconfOptions, progress: Progress
 ) -> Answer:
     """Votes weighted by confidence, of the samples over a percentile of the warm-up's confidence; waves are
-    drawn until the winner has ``tau`` of the weight.
+    drawn until one answer has ``tau`` of the confidence of all samples.
 
     Fu et al. 2025, "Deep Think with Confidence" (arXiv 2508.15260): C_t = -(1/k) sum of the k largest log
     P_t(j), a group's confidence C_G is the mean over W tokens. With ``measure`` ``lowest_group`` the decode
@@ -67,57 +59,15 @@ async def run(
     need the log-probabilities sent, and all samples run to their end. Without ``early_stop`` this is the
     offline form: all n are drawn and none is ended, and the percentile is of all.
     """
-    run, judge, online = Run(sampler, options, progress), _Judge(options), options.measure == "lowest_group"
+    run, judge, online = Run(sampler, options, progress), Judge(options), options.measure == "lowest_group"
     prompt = sampled(body, options) if online else with_top(sampled(body, options), options.top)
     while run.stopped is None and run.drawn < run.n:
         least = judge.threshold(run) if run.finished else None
         watch = Watch(options.window, options.top, least) if online else None
         size = options.wave if run.drawn else options.warmup if options.early_stop else options.n
         await run.draw(prompt, min(size, run.n - run.drawn), watch=watch)
-        sure = confidence(judge.votes(run)) or 0.0
-        if options.early_stop and sure >= options.tau and run.drawn < run.n:
+        if options.early_stop and judge.consensus(run) >= options.tau and run.drawn < run.n:
             run.stopped = run.stopped or "agreed"
     run.fail_unless_finished()
     answer = await conclude_vote("deepconf", run, judge.votes(run), **judge.report(run))
     return replace(answer, choice=as_asked(answer.choice, body))
-
-
-class _Judge:
-    """Who votes, with what weight."""
-
-    def __init__(self, options: DeepconfOptions) -> None:
-        self._options = options
-        self._known: dict[int, float] = {}
-
-    def of(self, one: Scored) -> float:
-        """A sample's confidence, by its worker or by its log-probabilities; 0 if it has neither."""
-        options, index = self._options, one.sample.index
-        if one.sample.confidence is not None:
-            return one.sample.confidence
-        if index not in self._known:
-            tokens = confidences(one.sample.choice, options.top)
-            self._known[index] = trace_confidence(tokens, options.measure, options.window)
-        return self._known[index]
-
-    def threshold(self, run: Run) -> float:
-        """The percentile of the warm-up's confidences (of all samples in the offline form)."""
-        first = self._options.warmup if self._options.early_stop else self._options.n
-        of = [self.of(one) for one in run.finished if one.sample.index < first]
-        return percentile(of, 90 if self._options.filter == "low" else 10) if of else 0.0
-
-    def votes(self, run: Run) -> list[Votes]:
-        """Of the samples that reach the threshold; of all where none of these has an answer."""
-        least = self.threshold(run)
-        passed = [one for one in run.finished if self.of(one) >= least]
-        most = max((self.of(one) for one in run.finished), default=0.0)
-        votes = [
-            votes_of(among, lambda one: self.of(one) / most if most else 1.0)
-            for among in (passed, run.finished)
-        ]
-        return votes[0] or votes[1]
-
-    def report(self, run: Run) -> dict[str, Any]:
-        least, ended = self.threshold(run), [one for one in run.in_order() if one.sample.state != "failed"]
-        told = [{"index": one.sample.index, "confidence": finite(self.of(one))} for one in ended]
-        filtered = sum(self.of(one) < least for one in run.finished)
-        return {"threshold": finite(least), "confidences": told, "filtered": filtered}

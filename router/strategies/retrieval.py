@@ -6,13 +6,13 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from braid.errors import BadRequest, DeadlineExceeded, UpstreamFailed
 from braid.services import NAME
-from router import strategies
 from router.retrievers import Document, ServiceFailed
 from router.sampler import Answer, Progress, Sampler
+from router.strategies.following import following, n_of_then
 from router.strategies.options import ManyOptions, Options
 from router.strategies.prompt import with_context
 from router.strategies.spec import StrategySpec
@@ -24,6 +24,10 @@ CONTEXT = "Documents that may help to answer the question:\n\n{documents}\n\nQue
 class RetrievalOptions(ManyOptions):
     """Options of ``retrieval``; those of all strategies hold for ``then`` too."""
 
+    model_config = ConfigDict(json_schema_extra=n_of_then)
+
+    n: int = Field(1, ge=1, le=1024)
+    """Samples, as many as `then` takes; by default as many as that draws by itself."""
     retriever: str | None = Field(None, pattern=NAME)
     """A retriever of the router by its name; may be left out where there is only one."""
     k: int = Field(4, ge=1, le=64)
@@ -41,7 +45,7 @@ class RetrievalOptions(ManyOptions):
         then = given.get("then", cls.model_fields["then"].default) if isinstance(given, dict) else None
         if not isinstance(then, str) or "n" in given:
             return given
-        return {**given, "n": _spec(then).options.model_fields["n"].default}
+        return {**given, "n": following(then).options.model_fields["n"].default}
 
     @model_validator(mode="after")
     def _then_takes_them(self) -> Self:
@@ -55,19 +59,13 @@ class RetrievalOptions(ManyOptions):
 
     def inner(self) -> tuple[StrategySpec, Options]:
         """The strategy that answers, with its options; raises :class:`BadRequest`."""
-        spec, common = _spec(self.then), ManyOptions.model_fields.keys()
+        spec, common = following(self.then), ManyOptions.model_fields.keys()
         if both := sorted(common & self.options.keys()):
             raise BadRequest(f"{both[0]} goes beside options", param=f"reasoning.options.{both[0]}")
         given = {name: getattr(self, name) for name in self.model_fields_set & common}
         if "trigger" not in spec.options.model_fields:
             given.pop("trigger", None)  # the router's own setting
         return spec, spec.parse({**given, **self.options})
-
-
-def _spec(then: str) -> StrategySpec:
-    if then == "retrieval":
-        raise BadRequest("retrieval can't be followed by itself", param="reasoning.then")
-    return strategies.get(then)
 
 
 async def run(
@@ -99,7 +97,7 @@ async def run(
     answer = await spec.run(sampler, prompt, inner, progress)
     documents = [document.report(options.return_samples) for document in found]
     told = {"strategy": "retrieval", "then": spec.name, "retriever": retriever.name, "documents": documents}
-    return Answer(answer.choice, {**answer.report, **told, **failed}, answer.usages)
+    return Answer(answer.choice, {**answer.report, **told, **failed}, answer.usages, answer.tokens)
 
 
 def _listed(documents: Sequence[Document]) -> str:

@@ -11,7 +11,7 @@ from braid.errors import BraidError, DeadlineExceeded, UpstreamFailed
 from braid.wire import Verdict, Watch
 from router.extract import search
 from router.sampler import Group, GroupUsage, Progress, Sample, Sampler, as_one
-from router.strategies.branches import Forking
+from router.strategies.branches import Forking, capped
 from router.strategies.options import Options
 from router.strategies.scored import Scored, score
 from router.strategies.stragglers import watching
@@ -111,10 +111,13 @@ class Run:
             return []
         if not self._bills and self.options.pattern is not None:
             await search(self.options.pattern, "")  # an invalid one is refused before anything is generated
+        prompt, cap = body, self._cap()
+        if cap is not None:
+            body = capped(body, cap)
         first, self.drawn = self.drawn, self.drawn + n
         self._running, self._role = set(range(first, first + n)), role
         group = self._sampler.group(body, n, first, keep=keep, after=after, watch=watch)
-        self._bill(body, group.usage)
+        self._bill(prompt, group.usage)
         async with contextlib.AsyncExitStack() as stack:
             if await self._entered(stack, group):
                 await stack.enter_async_context(self._stopping(group))
@@ -123,6 +126,9 @@ class Run:
                 while (sample := await self._next(samples)) is not None:
                     note(sample)
                     await self._on_sample(sample)
+                    if self.stopped is None and _cut(sample, cap):
+                        self.stopped = "budget_tokens"
+                        await group.cancel()
                     if self.stopped is None and self._running:
                         self.stopped = (settled(self) if settled else None) or self._over_budget()
                         if self.stopped is not None:
@@ -214,6 +220,11 @@ class Run:
                 return
         self._bills.append((body, [usage]))
 
+    def _cap(self) -> int | None:
+        """Tokens that the budget leaves: no sample may have more."""
+        budget = self.options.budget_tokens
+        return None if budget is None else max(1, budget - self.tokens)
+
     def _spent(self) -> bool:
         budget = self.options.budget_tokens
         return budget is not None and self.tokens >= budget
@@ -226,6 +237,11 @@ Standing = Callable[[Run], dict[str, Any]]
 """What a strategy adds to each progress event: the votes, or the best sample, so far."""
 Settled = Callable[[Run], str | None]
 """Why the samples not ended can no longer matter, None while they can."""
+
+
+def _cut(sample: Sample, cap: int | None) -> bool:
+    """Whether the budget ended it."""
+    return cap is not None and sample.finish_reason == "length" and sample.tokens >= cap
 
 
 def _clock() -> float:

@@ -43,15 +43,16 @@ class StrategySpec:
             raise ValueError("run must be an async function")
         self.options()  # every option needs a default, or the name alone would not do
 
-    def parse(self, reasoning: Mapping[str, Any]) -> Options:
-        """The options in a request's ``reasoning`` (its ``strategy`` is passed over).
+    def parse(self, reasoning: Mapping[str, Any], context: Mapping[str, Any] | None = None) -> Options:
+        """The options in a request's ``reasoning`` (its ``strategy`` is passed over). ``context``: what the
+        router gives options to go by, such as the table of ``auto``.
 
         Raises:
             BadRequest: naming the field, and never its value.
         """
         given = {key: value for key, value in reasoning.items() if key != "strategy"}
         try:
-            return self.options.model_validate(given)
+            return self.options.model_validate(given, context=None if context is None else dict(context))
         except ValidationError as error:
             first = error.errors(include_input=False, include_url=False, include_context=False)[0]
         field = ".".join(["reasoning", *map(str, first["loc"])])

@@ -169,7 +169,8 @@ class Tree:
         separator = self.options.separator
         parted = not final and reason == "stop" and sample.choice.get("stop_reason") == separator
         limit, ends = self._limit(parent)
-        cut = not ends and reason == "length" and sample.tokens >= (limit or 0)
+        out_of_budget = self.run.stopped == "budget_tokens"
+        cut = reason == "length" and (out_of_budget or (not ends and sample.tokens >= (limit or 0)))
         most = limit_of(self.body)
         ended = not (parted or cut) or (most is not None and before.tokens + sample.tokens >= most)
         text = joined_text(parent.text, sample.text, separator)

@@ -253,6 +253,11 @@ def test_an_answer_cannot_carry_markup_or_escapes() -> None:
     assert printable("a\x07\n\tb") == "a\n\tb"
 
 
+def test_a_summary_names_the_group() -> None:
+    progress = Progress(path={"path": "remote", "group": "exam-7"})
+    assert summary(progress).endswith("| group exam-7")
+
+
 def test_a_summary_of_nothing_is_empty() -> None:
     assert summary(Progress()) == ""
 

@@ -49,7 +49,7 @@ def test_other_commands_keep_their_own_arguments(command: str) -> None:
         (["router", "--queue"], "see `braid router --help`"),
         (["router", "--port", "70000"], "--port, BRAID_PORT or `port` in the file"),
         (["router", "--port", "x"], "valid integer"),
-        (["router", "--spread", "x"], "'pack' or 'spread'"),
+        (["router", "--spread", "x"], "'pack', 'spread' or 'auto'"),
         (["router", "--", "--dtype", "x"], "takes nothing after --"),
         (["router", "--link", "tcp://0.0.0.0:1"], "make keys with `braid keys DIR`"),
         (["decode"], "model is required"),

@@ -561,6 +561,12 @@ def test_n_goes_to_those_that_draw_several() -> None:
     ]
 
 
+def test_n_goes_to_retrieval_where_what_follows_takes_it() -> None:
+    known = {"retrieval": strategies.get("retrieval").describe()["schema"]}
+    texts = ["retrieval", 'vote={"strategy": "retrieval", "then": "self_consistency"}']
+    assert [one.reasoning.get("n") for one in methods.choose(texts, known, 5)] == [None, 5]
+
+
 # --- plot -------------------------------------------------------------------------------------------------
 
 

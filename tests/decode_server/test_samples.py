@@ -17,6 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # importing vLLM can 
 
 DEADLINE_S = 60.0
 BLOCK = 4
+PROMPT = {"prompt_token_ids": list(range(9))}
 
 
 class ScriptedLLM:
@@ -81,7 +82,7 @@ class Run:
         if report:
             self.job.on_sample = lambda *what: self.reports.append(what)
         self.held = Held("i0", wire.KvRecord("remote", blocks_cached=1), cached=BLOCK)
-        self.samples = _Samples(llm, self.job, 0, self.held, "prompt", self.params, "r", {})  # type: ignore[arg-type]
+        self.samples = _Samples(llm, self.job, 0, self.held, PROMPT, self.params, "r", {})  # type: ignore[arg-type]
 
     async def outputs(self) -> list[Any]:
         async with asyncio.timeout(DEADLINE_S):

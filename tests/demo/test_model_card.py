@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 
-MODEL = Path(__file__).resolve().parents[2] / "demo" / "model"
+from benchmarks.cascade import PARAMETERS
+
+DEMO = Path(__file__).resolve().parents[2] / "demo"
+MODEL, SMALL = DEMO / "model", DEMO / "small"
 FILES = (
     "config.json",
     "generation_config.json",
@@ -17,7 +20,7 @@ FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
 )
-MOST_BYTES = 16 * 2**20
+MOST_BYTES = {MODEL: 16 * 2**20, SMALL: 3 * 2**20}
 
 
 def _json(name: str) -> dict[str, Any]:
@@ -25,8 +28,8 @@ def _json(name: str) -> dict[str, Any]:
     return content
 
 
-def _tensors() -> dict[str, Any]:
-    with (MODEL / "model.safetensors").open("rb") as file:
+def _tensors(folder: Path = MODEL) -> dict[str, Any]:
+    with (folder / "model.safetensors").open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header: dict[str, Any] = json.loads(file.read(length))
     header.pop("__metadata__", None)
@@ -41,9 +44,23 @@ def _render(messages: list[dict[str, Any]], add_generation_prompt: bool = True) 
     return str(template.render(messages=messages, add_generation_prompt=add_generation_prompt))
 
 
-def test_the_folder_holds_the_listed_files_within_the_size_bound() -> None:
-    assert sorted(path.name for path in MODEL.iterdir()) == sorted(FILES)
-    assert sum(path.stat().st_size for path in MODEL.iterdir()) <= MOST_BYTES
+@pytest.mark.parametrize("folder", [MODEL, SMALL], ids=lambda folder: folder.name)
+def test_the_folder_holds_the_listed_files_within_the_size_bound(folder: Path) -> None:
+    assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= MOST_BYTES[folder]
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+def test_both_models_have_one_tokenizer_and_template(name: str) -> None:
+    assert (SMALL / name).read_bytes() == (MODEL / name).read_bytes()
+
+
+def test_the_small_model_has_less_than_a_quarter_of_the_parameters() -> None:
+    ends = [max(t["data_offsets"][1] for t in _tensors(folder).values()) for folder in (SMALL, MODEL)]
+    assert ends[0] // 2 == PARAMETERS["demo-small"]
+    assert ends[1] // 2 == PARAMETERS["demo"]
+    assert ends[0] * 4 < ends[1]
+    assert {tensor["dtype"] for tensor in _tensors(SMALL).values()} == {"BF16"}
 
 
 def test_the_configuration_is_qwen3_with_a_long_window() -> None:

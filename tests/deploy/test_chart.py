@@ -39,6 +39,23 @@ CUDA: Mapping[str, Any] = {
     },
     "decode": {"args": ["--max-load-share=0.25"], "drainSeconds": 600},
 }
+ALSO: Mapping[str, Any] = {
+    "keys": {"existingSecret": "my-keys"},
+    "router": {"args": ["--model-order=demo-small,demo,other"]},
+    "also": [
+        {
+            "name": "small",
+            "model": {"path": "/opt/braid/demo/small", "servedName": "demo-small"},
+            "decode": {"replicas": 3, "drainSeconds": 60},
+        },
+        {
+            "name": "other",
+            "model": {"path": "/models/other", "servedName": "other"},
+            "engine": {"args": ["--max-model-len", "4096"]},
+            "prefill": {"replicas": 1},
+        },
+    ],
+}
 SCALED: Mapping[str, Any] = {
     "minReplicas": 1,
     "enabled": True,
@@ -104,6 +121,46 @@ def test_the_command_line_takes_the_arguments_of_every_container(values: Mapping
         assert settings.host == "0.0.0.0"
         assert settings.keys_dir == Path("/etc/braid/keys")
         assert (role == "router") == (engine == [])
+
+
+def test_further_models_have_pools_of_their_own() -> None:
+    found = pods(ALSO)
+    assert sorted(found) == ["decode", "decode-other", "decode-small", "prefill", "prefill-other", "router"]
+    router, _ = parsed(found["router"])
+    assert isinstance(router, RouterSettings)
+    assert (router.model_order, router.local_models) == (("demo-small", "demo", "other"), ("demo-small",))
+    models = {}
+    for component, pod in found.items():
+        settings, engine = parsed(pod)
+        if isinstance(settings, PrefillSettings | DecodeSettings):
+            assert argv(pod)[0] == component.partition("-")[0] == pod["containers"][0]["name"]
+            models[component] = (settings.model, settings.served_model_name)
+            assert ("4096" in engine) == component.endswith("-other")
+    assert models["decode"] == ("/opt/braid/demo/model", "demo")
+    assert models["decode-small"] == ("/opt/braid/demo/small", "demo-small")
+    assert models["prefill-other"] == ("/models/other", "other")
+    replicas = {name: w["spec"].get("replicas") for name, w in of_kind("Deployment", ALSO).items()}
+    assert (replicas["braid-decode"], replicas["braid-decode-small"], replicas["braid-decode-other"]) == (
+        2,
+        3,
+        1,
+    )
+    assert pods(ALSO)["decode-small"]["terminationGracePeriodSeconds"] == 80
+
+
+def test_further_pools_have_selectors_and_network_rules_of_their_own() -> None:
+    labels = {role: t["metadata"]["labels"] for role, t in templates(ALSO).items()}
+    for kind in ("Deployment", "Service", "PodDisruptionBudget", "NetworkPolicy"):
+        for name, found in of_kind(kind, ALSO).items():
+            spec = found["spec"]
+            selector = spec.get("selector") or spec["podSelector"]
+            selector = selector.get("matchLabels", selector)
+            picked = {f"braid-{role}" for role, own in labels.items() if selector.items() <= own.items()}
+            assert picked == ({"braid-router"} if name in ("braid", "braid-link") else {name})
+    policies = of_kind("NetworkPolicy", ALSO)
+    (link,) = [r for r in policies["braid-router"]["spec"]["ingress"] if r["ports"][0]["port"] == "link"]
+    peers = {peer["podSelector"]["matchLabels"][COMPONENT] for peer in link["from"]}
+    assert peers == set(labels) - {"router"}
 
 
 def test_a_flag_that_the_command_line_does_not_know_is_refused() -> None:
@@ -205,6 +262,8 @@ def test_provided_keys_become_a_secret_whose_change_restarts_every_pod() -> None
         {"engine": {"tensorParallelSize": 0}},
         {"prefill": {"engineArgs": ["--"]}},
         {"keys": {"files": {"other": "x"}}},
+        {"also": [{"name": "small", "model": {"path": "/m"}}]},
+        {"also": [{"name": "Small", "model": {"path": "/m", "servedName": "s"}}]},
     ],
     ids=str,
 )

@@ -18,13 +18,16 @@ from rich.console import Console
 from deploy.local import (
     Cluster,
     ClusterError,
+    Model,
     Plan,
     Role,
     StopFlag,
     Supervisor,
     UpSettings,
     banner,
+    demo_model,
     free_port,
+    further,
     main,
 )
 from deploy.placement import Hardware
@@ -295,9 +298,65 @@ def test_the_plan_on_gpus(tmp_path: Path) -> None:
 def test_every_planned_command_is_one_our_command_line_takes(tmp_path: Path) -> None:
     from braid import cli
 
-    for plan in plans(tmp_path, Hardware((0, 1)), max_model_len=2048).values():
+    for plan in plans(tmp_path, Hardware((0, 1)), max_model_len=2048, also=ALSO).values():
         assert plan.argv[1:3] == ("-m", "braid")
         assert cli.parse(plan.argv[3:]).command == plan.role
+
+
+ALSO = ["demo/small=little", "org/other"]
+
+
+def test_each_further_model_has_a_decode_worker_and_computes_its_prompts(tmp_path: Path) -> None:
+    found = plans(tmp_path, Hardware((0, 1)), also=ALSO)
+    assert list(found) == ["router", "prefill-0", "decode-0", "decode-1", "decode-2", "decode-3"]
+    router = " ".join(found["router"].argv)
+    assert "--model-order little,other,demo" in router
+    assert "--local-models little,other" in router
+    assert "--model demo/small --port 0 --served-model-name little" in " ".join(found["decode-2"].argv)
+    assert "--served-model-name demo" in " ".join(found["decode-1"].argv)
+    assert "HF_HUB_OFFLINE" not in found["decode-3"].env
+    assert {plan.env.get("VLLM_CPU_OMP_THREADS_BIND") for plan in found.values()} == {None, "0", "1"}
+
+
+def test_further_models_may_have_prefill_workers(tmp_path: Path) -> None:
+    found = plans(
+        tmp_path, Hardware(tuple(range(8))), also=ALSO[:1], also_prefill=True, model_order=["a", "b"]
+    )
+    assert list(found) == ["router", "prefill-0", "prefill-1", "decode-0", "decode-1", "decode-2"]
+    assert "--local-models" not in found["router"].argv
+    assert "--model-order a,b" in " ".join(found["router"].argv)
+    assert "--served-model-name little" in " ".join(found["prefill-1"].argv)
+    cores = [plan.env["VLLM_CPU_OMP_THREADS_BIND"] for name, plan in found.items() if name != "router"]
+    assert len(set(cores)) == 5
+
+
+def test_the_command_line_takes_further_models_once_or_several_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from braid import cli
+
+    for argv in (["--also", "a=x,b=y"], ["--also", "a=x", "--also", "b=y"]):
+        settings = cli.parse(["up", *argv]).settings
+        assert isinstance(settings, UpSettings)
+        assert settings.also == ("a=x", "b=y")
+    monkeypatch.setenv("BRAID_CONFIG", str(tmp_path / "braid.toml"))
+    (tmp_path / "braid.toml").write_text('[up]\nalso = ["a=x", "b=y"]\n')
+    settings = cli.parse(["up"]).settings
+    assert isinstance(settings, UpSettings)
+    assert settings.also == ("a=x", "b=y")
+    with pytest.raises(cli.UsageError, match="simulated"):
+        cli.parse(["up", "--engine", "sim", "--also", "a"])
+
+
+def test_the_small_demo_model_has_a_name_of_its_own() -> None:
+    assert further("demo-small") == Model(str(demo_model("small")), "demo-small")
+    assert further("demo-small=s").name == "s"
+
+
+@pytest.mark.parametrize("also", [["x/demo"], ["a=s", "b=s"], ["=s"]])
+def test_models_that_are_called_the_same_or_nothing_are_refused(tmp_path: Path, also: list[str]) -> None:
+    with pytest.raises(ClusterError, match=r"--also PATH|takes PATH"):
+        plans(tmp_path, Hardware((0, 1)), also=also)
 
 
 def test_the_banner_shows_commands_for_this_cluster(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from prometheus_client import generate_latest
 
 from braid.settings import DecodeSettings, PrefillSettings, RouterSettings
 from decode_server.metrics import show_seats
+from deploy.local import UpSettings
 from prefill_server.metrics import EARLY, SENT
 from router.metrics import Metrics
 
@@ -32,14 +33,15 @@ def test_every_metric_that_is_named_is_exported() -> None:
 
 
 def test_every_header_that_is_named_is_sent() -> None:
-    source = (ROOT / "router" / "proof.py").read_text(encoding="utf-8")
+    source = "".join((ROOT / "router" / name).read_text(encoding="utf-8") for name in ("proof.py", "http.py"))
     for header in set(re.findall(r"x-(?:braid|request)-[a-z-]+", TEXT)):
         assert f'"{header}"' in source, header
 
 
 @pytest.mark.parametrize("flag", sorted(set(re.findall(r"`--([a-z-]+)`", TEXT))))
 def test_every_flag_that_is_named_exists(flag: str) -> None:
-    fields = {*RouterSettings.model_fields, *PrefillSettings.model_fields, *DecodeSettings.model_fields}
+    processes = (RouterSettings, PrefillSettings, DecodeSettings, UpSettings)
+    fields = {name for process in processes for name in process.model_fields}
     assert flag.replace("-", "_") in fields
 
 

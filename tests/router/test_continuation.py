@@ -9,7 +9,7 @@ import msgspec
 
 from braid import wire
 from tests.router.conftest import CHAT, MakeStand, Stand, chat
-from tests.router.fake_worker import FakeWorker, answer_samples
+from tests.router.fake_worker import FakeWorker, answer_samples, group_done, sample
 from tests.router.test_reasoning import votes
 
 GENRM = {"strategy": "genrm", "n": 4, "k": 2}
@@ -42,6 +42,27 @@ async def test_a_verification_runs_where_the_answer_was_made_and_is_not_prefille
         assert {(c.ticket, c.reason) for c in chains} == {(None, "continued")}
         seen |= {i for decode in (answers, *chains) for i in numbers(decode)}
     assert seen == set(range(4 + 4 * 2))
+
+
+async def test_what_goes_on_counts_only_its_new_tokens_as_prompt(stand: Stand) -> None:
+    async def reads_on(worker: FakeWorker, message: wire.Decode) -> None:
+        n = msgspec.json.decode(message.body)["n"]
+        for index in range(message.first, message.first + n):
+            await worker.send(sample(message, index, "The answer is 7."))
+        done = group_done(message, n)
+        if message.after:  # 7 of the prompt, 5 of the sample, 8 new; of the first 12, 11 are in the cache
+            done = msgspec.structs.replace(done, prompt_tokens=20, cached_tokens=11)
+        await worker.send(done)
+
+    await stand.workers(decode=reads_on)
+    body = (await stand.post(CHAT, chat(reasoning=GENRM))).json()
+    assert body["usage"] == {
+        "prompt_tokens": 7 + 4 * 8,
+        "completion_tokens": (4 + 4 * 2) * 5,
+        "total_tokens": 39 + 60,
+        "prompt_tokens_details": {"cached_tokens": 4, "continued_tokens": 48, "recomputed_tokens": 4},
+        "completion_tokens_details": {"reasoning_tokens": 55},
+    }
 
 
 async def test_kept_samples_are_forgotten_when_the_request_ends(stand: Stand) -> None:

@@ -43,7 +43,7 @@ async def test_a_priority_goes_beside_the_body(stand: Stand) -> None:
     assert (await stand.post(CHAT, chat(priority=-2))).status_code == 200
     assert (await stand.post(CHAT, chat(priority="first"))).status_code == 400
     decode = await d0.expect(wire.Decode)
-    assert (decode.priority, decode.group) == (-2, False)
+    assert (decode.priority, decode.several) == (-2, False)
     assert "priority" not in msgspec.json.decode(decode.body)
     await stand.post(CHAT, chat(n=2))
-    assert (await d0.expect(wire.Decode, 2)).group
+    assert (await d0.expect(wire.Decode, 2)).several

@@ -87,6 +87,7 @@ async def test_a_group_over_two_workers_is_one_vote(make_stand: MakeStand) -> No
         "completion_tokens": 20,
         "total_tokens": 27,
         "prompt_tokens_details": {"cached_tokens": 4},
+        "completion_tokens_details": {"reasoning_tokens": 15},
     }
     assert body["braid"]["kv_transfers"] == 2
 

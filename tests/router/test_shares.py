@@ -27,6 +27,29 @@ async def test_shares_know_their_size_offset_and_consumers(stand: Stand) -> None
     assert shares[0].ticket.consumers == (1, 1)
 
 
+async def test_by_cost_a_group_is_divided_and_its_next_goes_where_the_prompt_is(
+    make_stand: MakeStand,
+) -> None:
+    stand = await make_stand(spread="auto", kv_bandwidth=1e6)
+    p0, d0, d1 = await stand.workers(decoders=2)
+    for _ in range(2):  # the same prompt again
+        reply = await stand.post(CHAT, chat(messages=[{"role": "user", "content": "a" * 4000}], n=4))
+        assert len(reply.json()["choices"]) == 4
+    assert (len(d0.got(wire.Decode)), len(d1.got(wire.Decode))) in ((2, 0), (0, 2))
+    short = await stand.post(CHAT, chat(n=8, max_tokens=2000))
+    assert short.headers["x-braid-decode"] == "d0,d1"
+    assert p0.got(wire.Prefill)
+
+
+async def test_by_cost_what_has_no_prompt_to_share_is_served_too(make_stand: MakeStand) -> None:
+    stand = await make_stand(spread="auto")
+    await stand.workers(decoders=2)
+    for path, body in (("/detokenize", {"tokens": [1, 2]}), ("/tokenize", {"prompt": "hi"})):
+        assert (await stand.post(path, {"model": "demo", **body})).status_code == 200
+    two = {"model": "demo", "prompt": ["a", "b"], "n": 2}
+    assert (await stand.post(COMPLETIONS, two)).status_code == 200
+
+
 async def test_a_body_has_all_choices_in_order_and_the_sum_of_what_moved(stand: Stand) -> None:
     await stand.workers(decoders=2)
     reply = await stand.post(CHAT, chat(n=5))

@@ -38,6 +38,7 @@ from tests.router.test_cancel import connected
 
 pytestmark = pytest.mark.slow
 
+GROUP = {"x-braid-group": "ours"}
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 PARENT = "b7ad6b7169203331"
 RECORD = wire.KvRecord(
@@ -77,7 +78,7 @@ def parent_sent(decode: wire.Decode) -> tuple[str, str]:
 
 async def test_a_group_on_two_workers(stand: Stand, collector: Collector) -> None:
     _, d0, d1 = await stand.workers(prefill=computes, decode=answers_with_a_record, decoders=2)
-    reply = await stand.http.post(CHAT, json=chat(n=5), headers={"x-request-id": "mine"})
+    reply = await stand.http.post(CHAT, json=chat(n=5), headers={"x-request-id": "mine", **GROUP})
     assert reply.status_code == 200
     root = await collector.request()
     assert (root.name, root.parent, root.failed) == ("POST /v1/chat/completions", "", False)
@@ -90,10 +91,12 @@ async def test_a_group_on_two_workers(stand: Stand, collector: Collector) -> Non
         "gen_ai.usage.input_tokens": 7,
         "gen_ai.usage.output_tokens": 10,
         "braid.request_id": "mine",
+        "braid.group": "ours",
         "braid.n": 5,
     }
     (prefill,) = collector.below(root, "prefill")
     assert prefill.attributes == {
+        "braid.group": "ours",
         "braid.worker": "p0",
         "braid.attempt": 1,
         "braid.status": 200,
@@ -104,6 +107,7 @@ async def test_a_group_on_two_workers(stand: Stand, collector: Collector) -> Non
     decodes = collector.below(root, "decode")
     assert [d.attributes for d in decodes] == [
         {
+            "braid.group": "ours",
             "braid.worker": worker,
             "braid.first": first,
             "braid.n": n,
@@ -124,11 +128,11 @@ async def test_a_transfer_has_its_record_and_is_timed_from_the_dispatch(
     stand: Stand, collector: Collector
 ) -> None:
     await stand.workers(decode=answers_with_a_record)
-    await stand.post(CHAT, chat())
+    await stand.http.post(CHAT, json=chat(), headers=GROUP)
     (decode,) = collector.below(await collector.request(), "decode")
     (transfer,) = collector.below(decode)
     assert transfer.name == "kv_transfer"
-    assert transfer.attributes == {
+    assert transfer.attributes == {"braid.group": "ours"} | {
         f"braid.kv.{name}": getattr(RECORD, name) for name in RECORD.__struct_fields__
     }
     assert (transfer.start - decode.start, transfer.end - decode.start) == (0, 875_000_000)
@@ -142,11 +146,12 @@ async def test_a_failed_prefill_and_the_one_that_replaces_it(stand: Stand, colle
     await stand.workers(prefill=prefill_fails(500), decode=once_replaced)
     await stand.worker("prefill", "p1", computes)
     await stand.until(lambda: all(pair["verified"] for pair in stand.app.pairs.state()))
-    assert (await stand.post(CHAT, chat())).status_code == 200
+    assert (await stand.http.post(CHAT, json=chat(), headers=GROUP)).status_code == 200
     root = await collector.request()
     first, second = collector.below(root, "prefill")
     assert first.failed
     assert first.attributes == {
+        "braid.group": "ours",
         "braid.worker": "p0",
         "braid.attempt": 1,
         "braid.status": 500,
@@ -278,7 +283,8 @@ async def test_a_strategys_groups_have_spans_of_their_own(stand: Stand, collecto
 
     await stand.workers(decode=undecided, decoders=2)
     strategy = {"strategy": "adaptive_consistency", "n": 4, "wave": 2}
-    assert (await stand.post(CHAT, chat(reasoning=strategy))).status_code == 200
+    reply = await stand.http.post(CHAT, json=chat(reasoning=strategy), headers=GROUP)
+    assert reply.status_code == 200
     root = await collector.request()
     assert (root.attributes["braid.strategy"], root.attributes["braid.n"]) == ("adaptive_consistency", 4)
     assert root.attributes["gen_ai.usage.input_tokens"] == 7
@@ -290,6 +296,7 @@ async def test_a_strategys_groups_have_spans_of_their_own(stand: Stand, collecto
         (
             "group",
             {
+                "braid.group": "ours",
                 "braid.request_id": name,
                 "braid.n": 2,
                 "braid.first": first,

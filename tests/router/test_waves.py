@@ -43,6 +43,7 @@ async def test_the_prompt_of_all_waves_counts_once_and_kv_adds_up(stand: Stand) 
         "completion_tokens": 50,
         "total_tokens": 57,
         "prompt_tokens_details": {"cached_tokens": 4},
+        "completion_tokens_details": {"reasoning_tokens": 45},
     }
     assert body["braid"]["kv_transfers"] == 2
 

@@ -27,7 +27,7 @@ async def test_a_group_is_narrow_beside_a_single_request_and_wide_without(desk: 
     desk.worker.service.seats.calm_s = 0.0  # type: ignore[union-attr]
     desk.decode(1, "[sim tokens=3000]", n=1)
     await desk.running(1)
-    desk.decode(2, "[sim tokens=3000]", n=64, group=True)
+    desk.decode(2, "[sim tokens=3000]", n=64, several=True)
     await desk.running(5)
     assert desk.worker.stats()["seats_waiting"] == 60
     assert desk.service.beat().waiting == 60
@@ -39,7 +39,7 @@ async def test_a_group_is_narrow_beside_a_single_request_and_wide_without(desk: 
 
 async def test_samples_that_wait_are_cancelled_without_a_token(desk: Desk) -> None:  # noqa: F811
     desk.worker.service.seats.capacity = 3  # type: ignore[union-attr]
-    desk.decode(1, "[sim tokens=3000]", n=6, group=True)
+    desk.decode(1, "[sim tokens=3000]", n=6, several=True)
     await desk.running(2)
     desk.service.cancel(wire.Cancel(1, (3, 4)))
     assert {(s.index, s.state, s.tokens) for s in desk.of(wire.Sample)} == {
@@ -52,12 +52,12 @@ async def test_samples_that_wait_are_cancelled_without_a_token(desk: Desk) -> No
 
 
 async def test_the_order_of_starting_changes_no_sample(desk: Desk) -> None:  # noqa: F811
-    desk.decode(1, "hello [sim tokens=30]", n=8, group=True)
+    desk.decode(1, "hello [sim tokens=30]", n=8, several=True)
     await desk.until(wire.GroupDone)
     whole = {sample.index: sample.text for sample in desk.of(wire.Sample)}
     desk.sent.clear()
     desk.worker.service.seats.capacity = 3  # type: ignore[union-attr]
-    desk.decode(2, "hello [sim tokens=30]", n=8, group=True)
+    desk.decode(2, "hello [sim tokens=30]", n=8, several=True)
     await desk.until(wire.GroupDone)
     assert {sample.index: sample.text for sample in desk.of(wire.Sample)} == whole
 

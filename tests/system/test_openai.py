@@ -140,3 +140,46 @@ async def test_tokenize_and_models_answer(system: System) -> None:
     assert [m["id"] for m in models["data"]] == ["demo"]
     reply = await system.client.post("/tokenize", json={"model": "demo", "prompt": "One two"})
     assert reply.json()["count"] == len(reply.json()["tokens"]) > 0
+
+
+async def test_a_response_is_prefilled_remotely_and_its_strategies_work(
+    system: System, client: openai.AsyncOpenAI
+) -> None:
+    plain = await client.responses.create(
+        model="demo", input="Ines has 4 boxes.", temperature=0, max_output_tokens=8
+    )
+    chat = await client.chat.completions.create(
+        model="demo",
+        messages=[{"role": "user", "content": "Ines has 4 boxes."}],
+        temperature=0,
+        max_completion_tokens=8,
+    )
+    assert plain.output_text == chat.choices[0].message.content
+    assert (plain.model_extra or {})["braid"]["path"] == "remote"
+    stream = await client.responses.create(
+        model="demo",
+        input="Ines has 4 boxes with 22 eggs each. How many eggs are there?",
+        max_output_tokens=160,
+        stream=True,
+        extra_body={"reasoning": {"strategy": "self_consistency", "n": 4, "early_stop": False}, "seed": 1},
+        extra_headers={"X-Braid-Group": "system-test"},
+    )
+    last = [event async for event in stream][-1]
+    assert last.type in ("response.completed", "response.incomplete")
+    assert last.response.usage is not None
+    assert last.response.usage.output_tokens > 4
+    view = (await system.client.get("/v1/groups/system-test")).json()
+    assert (view["state"], view["samples"]) == ("completed", {"finished": 4})
+
+
+async def test_a_verification_counts_its_new_tokens_only(system: System) -> None:
+    question = {"role": "user", "content": "Ines has 4 boxes with 22 eggs each. How many eggs are there?"}
+    body = {"model": "demo", "messages": [question], "max_tokens": 120, "seed": 3}
+    plain = (await system.client.post("/v1/chat/completions", json={**body, "temperature": 1.0})).json()
+    genrm = {"strategy": "genrm", "n": 2, "k": 2, "cot": False}
+    reply = (await system.client.post("/v1/chat/completions", json={**body, "reasoning": genrm})).json()
+    prompt, usage = plain["usage"]["prompt_tokens"], reply["usage"]
+    details = usage["prompt_tokens_details"]
+    tokens = [one["tokens"] for one in reply["reasoning"]["samples"] if one.get("role") != "verification"]
+    assert details["continued_tokens"] == 2 * prompt + sum(tokens)
+    assert prompt < usage["prompt_tokens"] < prompt + 2 * 60

@@ -13,6 +13,7 @@ import zmq
 import zmq.asyncio
 
 from braid import wire
+from braid.log import GROUP
 from braid.worker.link import WorkerLink, keep_calling
 
 DEADLINE_S = 60.0
@@ -34,12 +35,14 @@ DECODE = wire.Decode(1, "/v1/completions", b"{}", "r", 1.0)
 
 
 class Recorder:
-    """A service that notes what it is told."""
+    """A service that notes what it is told, and the groups that dispatches are started for."""
 
     def __init__(self) -> None:
         self.calls: asyncio.Queue[object] = asyncio.Queue()
+        self.groups: list[str] = []
 
     def start(self, message: object) -> None:
+        self.groups.append(GROUP.get())
         self.calls.put_nowait(message)
 
     cancel = lost = forget = start
@@ -129,6 +132,17 @@ async def test_hello_is_repeated_until_it_is_welcomed(link: WorkerLink, router: 
     await router.say(wire.Welcome(5, HEARTBEAT_S))
     assert (await router.expect(wire.Beat)).running == 3
     assert link.registered
+
+
+async def test_a_dispatch_is_started_for_its_group(
+    link: WorkerLink, router: ScriptedRouter, service: Recorder
+) -> None:
+    await router.expect(wire.Hello)
+    await router.say(wire.Welcome(5, HEARTBEAT_S))
+    for message in (msgspec.structs.replace(DECODE, group="exam"), wire.Cancel(1)):
+        await router.say(message)
+        assert await service.next() == message
+    assert service.groups == ["exam", ""]
 
 
 async def test_a_ping_alone_registers_nobody(link: WorkerLink, router: ScriptedRouter) -> None:

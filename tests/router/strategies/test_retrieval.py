@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 
 from braid.errors import BadRequest, DeadlineExceeded, UpstreamFailed
 from router import strategies
@@ -98,6 +99,29 @@ def test_it_draws_as_many_as_the_strategy_by_itself() -> None:
     assert parse({"then": "self_consistency", "n": 3}).n == 3
     waves = parse({"then": "rejection_sampling", "options": {"expected": "4", "wave": 3}})
     assert (waves.n, waves.slots) == (16, 3)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"n": 2},
+        {"n": 1},
+        {"then": "cot", "n": 2},
+        {"then": "self_consistency", "n": 16},
+        {"then": "beam_search", "n": 10},
+        {"then": "beam_search", "n": 11},
+        {"then": "beam_of_steps", "n": 1},
+        {"then": "self_refine", "n": 8},
+    ],
+)
+def test_its_schema_allows_as_many_samples_as_the_strategy_takes(given: dict[str, Any]) -> None:
+    spec = strategies.get("retrieval")
+    try:
+        spec.parse(given)
+        taken = True
+    except BadRequest:
+        taken = False
+    assert Draft202012Validator(spec.describe()["schema"]).is_valid(given) is taken
 
 
 def test_the_routers_trigger_is_left_out_where_it_does_not_belong() -> None:

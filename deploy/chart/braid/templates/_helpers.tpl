@@ -104,3 +104,26 @@ securityContext: {{- include "braid.podSecurityContext" $root | nindent 2 }}
 checksum/keys: {{ toJson . | sha256sum }}
 {{- end }}
 {{- end -}}
+
+{{- /* Components of a role's pools, with spaces between: (list root role) */ -}}
+{{- define "braid.components" -}}
+{{- $role := index . 1 -}}
+{{- $found := list $role -}}
+{{- range (index . 0).Values.also -}}
+{{- if int (default (eq $role "decode" | ternary 1 0) (get (default dict (get . $role)) "replicas")) -}}
+{{- $found = append $found (printf "%s-%s" $role .name) -}}
+{{- end -}}
+{{- end -}}
+{{- join " " $found -}}
+{{- end -}}
+
+{{- /* Names of the further models that have no prefill workers, with commas between. */ -}}
+{{- define "braid.localModels" -}}
+{{- $found := list -}}
+{{- range .Values.also -}}
+{{- if not (get (default dict .prefill) "replicas") -}}
+{{- $found = append $found .model.servedName -}}
+{{- end -}}
+{{- end -}}
+{{- join "," $found -}}
+{{- end -}}

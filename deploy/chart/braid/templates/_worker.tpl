@@ -1,5 +1,6 @@
 {{- /*
-A pool of workers: (list root role values).
+A pool of workers: (list root role values component), here and below. The component names the pool: the
+role, and for a further model the role and its name.
 
 A Deployment: a worker keeps nothing that outlives its process. It names itself after its pod,
 announces its own address and a fresh epoch to the router, and pools start and stop in any order, so
@@ -8,12 +9,13 @@ the stable names and ordered roll-out of a StatefulSet would only make roll-outs
 {{- define "braid.worker" -}}
 {{- $root := index . 0 -}}
 {{- $role := index . 1 -}}
+{{- $component := index . 3 -}}
 {{- $values := index . 2 -}}
 apiVersion: apps/v1
 kind: Deployment
 metadata:
-  name: {{ include "braid.fullname" $root }}-{{ $role }}
-  labels: {{- include "braid.labels" (list $root $role) | nindent 4 }}
+  name: {{ include "braid.fullname" $root }}-{{ $component }}
+  labels: {{- include "braid.labels" (list $root $component) | nindent 4 }}
 spec:
   {{- if not $values.autoscaling.enabled }}
   replicas: {{ $values.replicas }}
@@ -21,10 +23,10 @@ spec:
   progressDeadlineSeconds: {{ add $values.startupSeconds 600 }}
   strategy: {{- toYaml $values.strategy | nindent 4 }}
   selector:
-    matchLabels: {{- include "braid.selector" (list $root $role) | nindent 6 }}
+    matchLabels: {{- include "braid.selector" (list $root $component) | nindent 6 }}
   template:
     metadata:
-      labels: {{- include "braid.labels" (list $root $role) | nindent 8 }}
+      labels: {{- include "braid.labels" (list $root $component) | nindent 8 }}
       {{- with include "braid.podAnnotations" . }}
       annotations: {{- . | nindent 8 }}
       {{- end }}
@@ -155,16 +157,17 @@ spec:
 {{- define "braid.workerService" -}}
 {{- $root := index . 0 -}}
 {{- $role := index . 1 -}}
+{{- $component := index . 3 -}}
 {{- $values := index . 2 -}}
 apiVersion: v1
 kind: Service
 metadata:
-  name: {{ include "braid.fullname" $root }}-{{ $role }}
-  labels: {{- include "braid.labels" (list $root $role) | nindent 4 }}
+  name: {{ include "braid.fullname" $root }}-{{ $component }}
+  labels: {{- include "braid.labels" (list $root $component) | nindent 4 }}
 spec:
   clusterIP: None
   publishNotReadyAddresses: true
-  selector: {{- include "braid.selector" (list $root $role) | nindent 4 }}
+  selector: {{- include "braid.selector" (list $root $component) | nindent 4 }}
   ports:
     - {name: http, port: 8001, targetPort: http}
     {{- if and (eq $role "prefill") (eq (int $root.Values.engine.tensorParallelSize) 1) }}
@@ -175,21 +178,23 @@ spec:
 {{- define "braid.workerDisruptionBudget" -}}
 {{- $root := index . 0 -}}
 {{- $role := index . 1 -}}
+{{- $component := index . 3 -}}
 {{- $values := index . 2 -}}
 apiVersion: policy/v1
 kind: PodDisruptionBudget
 metadata:
-  name: {{ include "braid.fullname" $root }}-{{ $role }}
-  labels: {{- include "braid.labels" (list $root $role) | nindent 4 }}
+  name: {{ include "braid.fullname" $root }}-{{ $component }}
+  labels: {{- include "braid.labels" (list $root $component) | nindent 4 }}
 spec:
   maxUnavailable: {{ $values.podDisruptionBudget.maxUnavailable }}
   selector:
-    matchLabels: {{- include "braid.selector" (list $root $role) | nindent 6 }}
+    matchLabels: {{- include "braid.selector" (list $root $component) | nindent 6 }}
 {{- end -}}
 
 {{- define "braid.workerAutoscaler" -}}
 {{- $root := index . 0 -}}
 {{- $role := index . 1 -}}
+{{- $component := index . 3 -}}
 {{- $scaling := (index . 2).autoscaling -}}
 {{- if not $scaling.metrics -}}
 {{- fail (printf "%s.autoscaling.metrics is required when autoscaling is enabled: docs/operations.md names the metrics to scale on" $role) -}}
@@ -197,10 +202,10 @@ spec:
 apiVersion: autoscaling/v2
 kind: HorizontalPodAutoscaler
 metadata:
-  name: {{ include "braid.fullname" $root }}-{{ $role }}
-  labels: {{- include "braid.labels" (list $root $role) | nindent 4 }}
+  name: {{ include "braid.fullname" $root }}-{{ $component }}
+  labels: {{- include "braid.labels" (list $root $component) | nindent 4 }}
 spec:
-  scaleTargetRef: {apiVersion: apps/v1, kind: Deployment, name: {{ include "braid.fullname" $root }}-{{ $role }}}
+  scaleTargetRef: {apiVersion: apps/v1, kind: Deployment, name: {{ include "braid.fullname" $root }}-{{ $component }}}
   minReplicas: {{ $scaling.minReplicas }}
   maxReplicas: {{ $scaling.maxReplicas }}
   metrics: {{- toYaml $scaling.metrics | nindent 4 }}
