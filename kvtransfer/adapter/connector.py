@@ -38,6 +38,8 @@ from kvtransfer.adapter.guards import (
     ease_waiting,
     guard_drafts,
     guard_seeded_chunks,
+    rank_without_compiler,
+    warm_sampler,
 )
 from kvtransfer.adapter.imports import Imports
 from kvtransfer.adapter.layout import cache_groups, check_config, group_infos, sliceable, total_heads
@@ -96,6 +98,9 @@ class BraidConnector(KVConnectorBase_V1, SupportsHMA):
             guard_seeded_chunks()
             if current_platform.is_cpu():
                 guard_drafts()
+                rank_without_compiler()
+                if self.options.role == "decode":
+                    warm_sampler(vllm_config.model_config.get_vocab_size())
 
     @property
     def requires_kv_delivery(self) -> bool:

@@ -18,6 +18,8 @@ TOUCHPOINTS = (
     "vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorBase_V1._vllm_config",
     "vllm.v1.worker.gpu_model_runner.GPUModelRunner._sample",
     "vllm.v1.worker.gpu_model_runner.GPUModelRunner._bookkeeping_sync",
+    "vllm.v1.sample.sampler.batched_count_greater_than",
+    "vllm.v1.sample.ops.topk_topp_sampler.compiled_random_sample",
     "vllm.distributed.device_communicators.shm_broadcast.SpinCondition.wait",
 )
 _PR_SET_PDEATHSIG = 1
@@ -114,6 +116,34 @@ def guard_drafts() -> None:
 
     rejection_sampler.apply_sampling_constraints = guarded
     rejection_sampler.expand_batch_to_tokens = expand
+
+
+def rank_without_compiler() -> None:
+    """Let an engine rank sampled tokens by a plain expression, on the CPU.
+
+    vLLM compiles it when log-probabilities are first asked for: seconds in a C++ compiler, for which every
+    request of the engine waits.
+    """
+    from vllm.v1.sample import sampler
+
+    def count(x: Any, values: Any) -> Any:
+        return (x >= values).sum(-1)
+
+    sampler.batched_count_greater_than = count
+
+
+def warm_sampler(vocabulary: int) -> None:
+    """Compile what an engine draws samples with before it serves, on the CPU.
+
+    vLLM compiles it for a batch of one and for larger ones when they first come: seconds in a C++ compiler,
+    for which every request of the engine waits.
+    """
+    import torch
+    from vllm.v1.sample.ops.topk_topp_sampler import compiled_random_sample
+
+    with torch.inference_mode():
+        for rows in (1, 2):
+            compiled_random_sample(torch.zeros(rows, vocabulary))
 
 
 def _discarded(runner: Any) -> list[int]:

@@ -97,8 +97,15 @@ async def test_the_samples_of_a_killed_worker_are_the_same_on_another(make_fleet
     body = ask("[sim answer=7 tokens=60]", seed=3, reasoning=VOTE | {"n": 16, "return_samples": True})
     whole = (await fleet.stand.post(CHAT, body)).json()
     request = asyncio.create_task(fleet.stand.post(CHAT, body))
-    await fleet.until(lambda: 0 < max(running(d0), running(d1)) < 16)
-    await (d0 if running(d0) else d1).kill()
+    shares: list[Any] = []
+
+    def some_ended() -> bool:
+        owners = (dispatch.owner for dispatch in fleet.stand.app.link._table.values())
+        shares[:] = [owner for owner in owners if getattr(owner, "told", None) and owner.left]
+        return bool(shares)
+
+    await fleet.until(some_ended)
+    await (d0 if shares[0].worker.name == "d0" else d1).kill()
     again = (await request).json()
     assert again["reasoning"]["samples_redrawn"] > 0
     assert _texts(again) == _texts(whole)

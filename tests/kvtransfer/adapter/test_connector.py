@@ -206,6 +206,8 @@ def make(monkeypatch: pytest.MonkeyPatch, side: str = "SCHEDULER", specs: Any = 
         "configure",
         "guard_seeded_chunks",
         "guard_drafts",
+        "rank_without_compiler",
+        "warm_sampler",
         "install_utilities",
     ):
         monkeypatch.setattr(connector, effect, lambda *args: None)
@@ -214,7 +216,7 @@ def make(monkeypatch: pytest.MonkeyPatch, side: str = "SCHEDULER", specs: Any = 
     config |= {name: changes.pop(name) for name in list(changes) if name in config}
     extra = {"role": "decode", "control": "ipc://none", "name": "d0", "epoch": 1, "transports": ["zmq"]}
     transfer = SimpleNamespace(kv_connector_extra_config={**extra, **changes})
-    part = SimpleNamespace(**config, dtype=torch.float32)
+    part = SimpleNamespace(**config, dtype=torch.float32, get_vocab_size=lambda: 8)
     groups = [
         KVCacheGroupSpec([f"layer{i}"], spec) for i, spec in enumerate([full()] if specs is None else specs)
     ]

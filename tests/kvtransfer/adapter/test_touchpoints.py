@@ -153,3 +153,36 @@ def test_each_draft_has_the_settings_of_its_request(drafts: Any, dtype: torch.dt
     assert drafts.expand_batch_to_tokens(settings, ends, 5, 0, 1).tolist() == [5, 5, 1, 1, 1]
     none = drafts.expand_batch_to_tokens(settings, torch.zeros(3, dtype=torch.int32), 0)
     assert none.shape == (0,)
+
+
+def test_ranks_are_counted_as_vllm_does_and_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.sample import sampler
+
+    from kvtransfer.adapter.guards import rank_without_compiler
+
+    compiled = sampler.batched_count_greater_than
+    monkeypatch.setattr(sampler, "batched_count_greater_than", compiled)
+    rank_without_compiler()
+    scores = torch.tensor([[0.1, 0.5, 0.5, 0.9], [3.0, 2.0, 1.0, 0.0]])
+    ranks = sampler.batched_count_greater_than(scores, torch.tensor([[0.5], [3.0]]))
+    assert ranks.tolist() == [3, 1]
+    assert not hasattr(sampler.batched_count_greater_than, "_torchdynamo_orig_callable")
+    original = compiled._torchdynamo_orig_callable
+    assert torch.equal(ranks, original(scores, torch.tensor([[0.5], [3.0]])))
+
+
+def test_the_sampler_is_compiled_for_one_row_and_for_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.sample.ops import topk_topp_sampler
+
+    from kvtransfer.adapter.guards import warm_sampler
+
+    drawn = []
+
+    def sample(logits: torch.Tensor) -> torch.Tensor:
+        drawn.append((tuple(logits.shape), torch.is_inference_mode_enabled()))
+        return logits.argmax(-1)
+
+    assert callable(topk_topp_sampler.compiled_random_sample)
+    monkeypatch.setattr(topk_topp_sampler, "compiled_random_sample", sample)
+    warm_sampler(9)
+    assert drawn == [((1, 9), True), ((2, 9), True)]
