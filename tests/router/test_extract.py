@@ -236,6 +236,7 @@ async def test_nasty_answers_have_a_key(text: str) -> None:
     assert time.process_time() - began < 1.0
 
 
+@pytest.mark.slow
 async def test_algebra_that_runs_away_is_compared_by_its_text_and_only_tried_once() -> None:
     tower = "9^{9^{9^{9}}}"
     assert await canonical(tower) == f"'{tower}"
@@ -245,6 +246,7 @@ async def test_algebra_that_runs_away_is_compared_by_its_text_and_only_tried_onc
     assert await canonical(r"\sqrt{12}") == await canonical(r"2\sqrt{3}")
 
 
+@pytest.mark.slow
 async def test_algebra_does_not_hold_up_the_event_loop() -> None:
     running = asyncio.create_task(canonical("8^{9^{9^{9}}}"))
     gaps = []
