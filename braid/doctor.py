@@ -195,7 +195,7 @@ def check_memory(meminfo: Path) -> Check:
     gib = int(lines["MemAvailable"].split()[0]) / 2**20
     if gib >= MIN_MEMORY_GIB:
         return Check("memory", "ok", f"{gib:.1f} GiB available")
-    advice = "Start fewer engines: braid up --decode 1 --kv-cache-gib 0.5"
+    advice = "Start fewer engines: braid up --decode 1"
     return Check(
         "memory", "warn", f"{gib:.1f} GiB available, {MIN_MEMORY_GIB:g} wanted by `braid up`", advice
     )

@@ -67,7 +67,9 @@ class UpSettings(ProcessSettings):
     dtype: str = Field("", description="dtype of weights and KV (default: float32 on CPUs, else auto)")
     max_model_len: int | None = Field(None, ge=1, description="longest sequence in tokens (default: model's)")
     chunk: int = Field(512, ge=32, description="most tokens of a scheduling step: a prefill chunk")
-    kv_cache_gib: float = Field(1.0, gt=0, description="KV cache of an engine in GiB, on CPUs")
+    kv_cache_gib: int = Field(
+        1, ge=1, description="KV cache of an engine in GiB, on CPUs; vLLM takes whole ones"
+    )
     run_dir: Path = Field(Path("run"), description="folder of logs and of cluster.json")
     start_timeout_s: float = Field(300.0, gt=0, description="longest wait until the cluster is ready")
     drain_s: float = Field(30.0, ge=0, description="on Ctrl-C, time for running requests to end")
@@ -355,7 +357,7 @@ class Cluster:
 
     def _engine_env(self, model: Model) -> dict[str, str]:
         env = {
-            "VLLM_CPU_KVCACHE_SPACE": f"{self.settings.kv_cache_gib:g}",
+            "VLLM_CPU_KVCACHE_SPACE": f"{self.settings.kv_cache_gib}",
             "VLLM_HOST_IP": LOOPBACK,
             "VLLM_NO_USAGE_STATS": "1",
             "DO_NOT_TRACK": "1",

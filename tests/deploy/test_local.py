@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 from rich.console import Console
 
 from deploy.local import (
@@ -390,3 +391,9 @@ def test_progress_says_who_is_up(tmp_path: Path, terminal: bool) -> None:
 def test_the_last_event_of_a_log(tmp_path: Path, line: str, shown: str) -> None:
     (tmp_path / "log").write_text(line + "\n")
     assert last_event(tmp_path / "log") == shown
+
+
+def test_a_cache_is_of_whole_gibibytes() -> None:
+    """vLLM reads an integer: half of one ended every engine at its start."""
+    with pytest.raises(ValidationError, match="kv_cache_gib"):
+        UpSettings(kv_cache_gib=0.5)  # type: ignore[arg-type]

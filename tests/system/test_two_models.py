@@ -23,7 +23,6 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         also=("demo-small",),
         port=0,
         run_dir=tmp_path_factory.mktemp("two"),
-        kv_cache_gib=0.25,  # beside the clusters of other tests
         start_timeout_s=600,
         drain_s=5,
     )
