@@ -26,12 +26,12 @@ from typing import Any
 import httpx
 import msgspec
 
+from benchmarks.kept import keep
 from benchmarks.machine import describe_machine
 from braid.evaluate.figures import SOURCES, difference, mcnemar, wilson
 from demo import tasks
 from demo.evaluate import extract
 
-RESULTS = Path(__file__).parent / "results"
 SMALL, LARGE = "demo-small", "demo"
 PARAMETERS = {SMALL: 760_832, LARGE: 3_290_624}
 JUDGED = {"margin": ("margin", 1), "agreement of 2": ("agreement", 2), "agreement of 4": ("agreement", 4)}
@@ -201,9 +201,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = asyncio.run(measure(url, options))
     settings = {key: value for key, value in vars(options).items() if key not in ("out", "url")}
     head = {"benchmark": "cascade", "started": started, "settings": settings, "machine": describe_machine()}
-    out = options.out or RESULTS / f"cascade-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}.json"
     result = {**head, "parameters": PARAMETERS, "sources": SOURCES, **found}
-    out.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=0) + b"\n")
+    out = keep(result, "cascade", options.out, indent=0)
     for name, told in found["methods"].items():
         print(
             f"{name}: {100 * told['accuracy']:.1f} % right, cost {told['cost_share']:.2f} of the large, "

@@ -20,12 +20,12 @@ from typing import Any
 import httpx
 import msgspec
 
+from benchmarks.kept import keep, show
 from benchmarks.load import open_client, served_model
 from benchmarks.machine import describe_machine
 from benchmarks.stats import summary
 from demo.tasks import make_problem
 
-RESULTS = Path(__file__).parent / "results"
 ALLOWED_S = 0.1
 
 
@@ -166,11 +166,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     found = asyncio.run(run(options))
-    out = options.out or RESULTS / f"deadlines-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")
-    shown = {key: value for key, value in found.items() if key not in ("outcomes", "machine", "settings")}
-    print(msgspec.json.format(msgspec.json.encode(shown), indent=1).decode())
+    keep(found, "deadlines", options.out)
+    show(found, ("outcomes", "machine", "settings"))
     return 1 if found["late_by_more_than_100_ms"] or found["without_answer_or_reason"] else 0
 
 

@@ -21,13 +21,13 @@ from typing import Any
 import httpx
 import msgspec
 
+from benchmarks.kept import keep, show
 from benchmarks.load import open_client, served_model
 from benchmarks.machine import describe_machine
 from benchmarks.stats import percentile, summary
 from braid.lines import alines
 from demo.tasks import make_problem
 
-RESULTS = Path(__file__).parent / "results"
 PHASES = ("alone", "groups", "together")
 
 
@@ -189,11 +189,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     found = asyncio.run(run(options))
-    out = options.out or RESULTS / f"fairness-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")
-    shown = {key: value for key, value in found.items() if key not in ("phases", "machine", "settings")}
-    print(msgspec.json.format(msgspec.json.encode(shown), indent=1).decode())
+    keep(found, "fairness", options.out)
+    show(found, ("phases", "machine", "settings"))
     return 0
 
 

@@ -24,8 +24,9 @@ from typing import Any
 import httpx
 import msgspec
 
+from benchmarks.kept import keep
 from benchmarks.machine import describe_machine
-from benchmarks.sim_scale import RESULTS, Process
+from benchmarks.sim_scale import Process
 
 POLICIES = ("pack", "spread", "auto")
 LINKS = {"fast": 1e9, "slow": 5e7}
@@ -198,8 +199,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     found = asyncio.run(run(options))
-    out = options.out or RESULTS / f"placement-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}.json"
-    out.write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")
+    out = keep(found, "placement", options.out)
     print(f"auto is within {NEAR:g} of the better one in {found['near']} of {len(found['cells'])} cells")
     print(f"written to {out}")
     return 0

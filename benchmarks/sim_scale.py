@@ -30,10 +30,10 @@ from typing import Any
 import httpx
 import msgspec
 
+from benchmarks.kept import keep, show
 from benchmarks.machine import describe_machine
 from benchmarks.stats import percentile, summary
 
-RESULTS = Path(__file__).parent / "results"
 START_S = 120.0
 MAX_LOST_S = 0.05
 """Simulated time that any worker may fall behind before the run says nothing about its model."""
@@ -368,11 +368,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     found = asyncio.run(run(options))
-    out = options.out or RESULTS / f"sim-scale-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")
-    shown = {k: v for k, v in found.items() if k not in ("outcomes", "counters", "machine", "settings")}
-    print(msgspec.json.format(msgspec.json.encode(shown), indent=1).decode())
+    out = keep(found, "sim-scale", options.out)
+    show(found, ("outcomes", "counters", "machine", "settings"))
     print(f"written to {out}")
     if not found["simulation"]["kept_pace"]:
         print("the machine was too slow for this run: lower --rate or raise --time-scale", file=sys.stderr)

@@ -97,6 +97,13 @@ class DeadlineExceeded(BraidError):
     status, kind, label = 504, "server_error", "deadline"
 
 
+def no_sample_in_time() -> DeadlineExceeded:
+    """A strategy's deadline came before any of its samples had finished."""
+    return DeadlineExceeded(
+        "no sample finished within deadline_s: raise it, or lower max_tokens", param="reasoning.deadline_s"
+    )
+
+
 class ClientGone(BraidError):
     """499: the client closed the connection; never sent, only counted."""
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import msgspec
 
 from braid import wire
-from braid.errors import BraidError, DeadlineExceeded, Unavailable, UpstreamFailed
+from braid.errors import BraidError, DeadlineExceeded, Unavailable, UpstreamFailed, no_sample_in_time
 from router import placement
 from router.cluster import RETRY_AFTER_S, Cluster
 from router.link import Dispatch, Event, Gone, Inbox
@@ -507,7 +507,7 @@ class Fanout:
 
     def _on_time(self, now: float) -> list[tuple[Share, FromShare]]:
         if now >= min(self._ends_at, self.job.cut_at or float("inf")):
-            return [self._fail(share, _cut()) for share in self.shares if not share.ended]
+            return [self._fail(share, no_sample_in_time()) for share in self.shares if not share.ended]
         if now >= self.job.deadline:
             raise DeadlineExceeded("The deadline of this request has passed.")
         for producer in [p for p in self.producers if not p.done and not p.failed and now >= p.deadline]:
@@ -519,12 +519,6 @@ class Fanout:
         return [
             self._fail(s, DeadlineExceeded("The decode worker fell silent.", code="silent")) for s in silent
         ]
-
-
-def _cut() -> DeadlineExceeded:
-    return DeadlineExceeded(
-        "no sample finished within deadline_s: raise it, or lower max_tokens", param="reasoning.deadline_s"
-    )
 
 
 __all__ = ["Event", "Failed", "Fanout", "FromShare", "Job", "Producer", "Share"]

@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
-from braid.errors import BraidError, DeadlineExceeded, UpstreamFailed
+from braid.errors import BraidError, DeadlineExceeded, UpstreamFailed, no_sample_in_time
 from braid.wire import Verdict, Watch
 from router.extract import search
 from router.sampler import Group, GroupUsage, Progress, Sample, Sampler, as_one
@@ -145,7 +145,7 @@ class Run:
         if self.finished:
             return
         if self.stopped == "deadline":
-            raise _too_late()
+            raise no_sample_in_time()
         if self.stopped is not None:
             raise UpstreamFailed("no sample finished within budget_tokens: raise it, or lower max_tokens")
         raise UpstreamFailed("every sample failed")
@@ -155,7 +155,7 @@ class Run:
             async with asyncio.timeout_at(self._until):
                 await stack.enter_async_context(group)
         except TimeoutError:
-            self._lost(_too_late())
+            self._lost(no_sample_in_time())
         except BraidError as error:
             self._lost(error)
         else:
@@ -246,9 +246,3 @@ def _cut(sample: Sample, cap: int | None) -> bool:
 
 def _clock() -> float:
     return asyncio.get_running_loop().time()
-
-
-def _too_late() -> DeadlineExceeded:
-    return DeadlineExceeded(
-        "no sample finished within deadline_s: raise it, or lower max_tokens", param="reasoning.deadline_s"
-    )
