@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from braid import wire
 from braid.keys import make_keys
 from tests.router.conftest import CHAT, COMPLETIONS
 from tests.sim.conftest import Fleet
@@ -120,6 +121,28 @@ async def test_a_strategy_of_several_calls_runs(fleet: Fleet) -> None:
     await fleet.pairs()
     body = ask(seed=1, reasoning={"strategy": "self_refine", "rounds": 1})
     assert (await fleet.stand.post(CHAT, body)).status_code == 200
+
+
+async def test_kept_samples_are_let_go_after_the_reply(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    await fleet.pairs()
+    link = fleet.stand.app.link
+    send, held = link.send, list[tuple[Any, wire.ToWorker]]()
+
+    def late(worker: Any, message: wire.ToWorker) -> None:
+        if isinstance(message, wire.Forget):
+            held.append((worker, message))
+            asyncio.get_running_loop().call_later(0.3, send, worker, message)
+        else:
+            send(worker, message)
+
+    monkeypatch.setattr(link, "send", late)
+    body = ask(seed=1, reasoning={"strategy": "self_refine", "rounds": 1})
+    assert (await fleet.stand.post(CHAT, body)).status_code == 200
+    stats = fleet.workers[1].stats()
+    assert held
+    assert stats["kept"]
+    assert stats["free"] < stats["blocks"]
+    await fleet.settled()
 
 
 @pytest.mark.parametrize("group", [False, True])
