@@ -128,7 +128,7 @@ class DecodeLLM(AsyncLLM):
         part, job.parts = job.parts, job.parts + 1
         if job.after:
             prompt = self._continued(job, prompt)
-        held = await self._acquire(job, part, prompt, sampling_params, options)
+        held = await self._acquire(job, part, prompt, sampling_params, request_id, options)
         try:
             run = _Samples(self, job, part, held, prompt, sampling_params, request_id, options)
             async with contextlib.aclosing(run.outputs()) as outputs:
@@ -143,7 +143,7 @@ class DecodeLLM(AsyncLLM):
         """One token of one beam. The first step is of the bare prompt, alone, and imports it; the service
         releases it with the dispatch."""
         if not job.held:
-            await self._acquire(job, 0, prompt, params, options)
+            await self._acquire(job, 0, prompt, params, request_id, options)
             job.prompt_tokens = len(prompt.get("prompt_token_ids") or ())
             job.cached_tokens = job.held[0].cached
         assert job.beams is not None
@@ -172,15 +172,42 @@ class DecodeLLM(AsyncLLM):
         return {**prompt, "prompt_token_ids": own}
 
     async def _acquire(
-        self, job: Job, part: int, prompt: Any, params: SamplingParams, options: dict[str, Any]
+        self,
+        job: Job,
+        part: int,
+        prompt: Any,
+        params: SamplingParams,
+        request_id: str,
+        options: dict[str, Any],
     ) -> Held:
         shared = shareable(prompt, options.get("lora_request"))
         if shared is None or params.prompt_logprobs is not None or shared.adapter:
             held = Held(None, wire.KvRecord("local", reason="unshareable"))
         else:
             held = await job.prefixes.acquire(shared, part, job.source)
+            if held.name is None and not job.after and job.beams is None:
+                held = await job.prefixes.computed(
+                    shared, params.n, held.record, lambda name: self._lead(job, prompt, request_id, name)
+                )
         job.held.append(held)
         return held
+
+    async def _lead(self, job: Job, prompt: Any, request_id: str, name: str) -> int:
+        """Run a prompt for one token, in a seat, and keep it; how many of its tokens were cached."""
+        params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
+        params.output_kind = RequestOutputKind.FINAL_ONLY
+        params.extra_args = {"kv_transfer_params": {KEEP: name}}
+        flow = DispatchFlow(group=job.flow.group, priority=job.flow.priority, most=1)
+        taken: list[Seat] = []
+        cached = 0
+        try:
+            await job.seats.sit(flow, taken.append)
+            async for output in self.plain(prompt, params, f"{request_id}-lead", priority=job.priority):
+                cached = output.num_cached_tokens or 0
+        finally:
+            for seat in taken:
+                job.seats.leave(seat, 1)
+        return cached
 
     def plain(self, *args: Any, **options: Any) -> AsyncGenerator[RequestOutput, None]:
         """vLLM's own ``generate``."""

@@ -11,8 +11,13 @@ from hypothesis import strategies as st
 
 from decode_server import kept as kept_module
 from decode_server.kept import KeptSamples, splice
+from kvtransfer.plan import num_blocks
 
 BLOCK = 4
+
+
+def blocks_of(tokens: int) -> int:
+    return num_blocks(tokens, BLOCK)
 
 
 class Words:
@@ -83,7 +88,7 @@ def test_a_spliced_prompt_spells_what_was_rendered_and_begins_with_the_sample(
 
 async def test_the_longest_unused_go_first_when_there_is_no_room() -> None:
     released: list[str] = []
-    kept = KeptSamples(6, BLOCK, released.append)
+    kept = KeptSamples(6, blocks_of, released.append)
     kept.add("a", [0] * 8)
     kept.add("b", [1] * 9)
     assert kept.tokens("a") == [0] * 8
@@ -99,7 +104,7 @@ async def test_the_longest_unused_go_first_when_there_is_no_room() -> None:
 
 async def test_letting_go_twice_releases_once() -> None:
     released: list[str] = []
-    kept = KeptSamples(6, BLOCK, released.append)
+    kept = KeptSamples(6, blocks_of, released.append)
     kept.add("a", [0])
     kept.add("b", [0])
     kept.forget("a")
@@ -113,7 +118,7 @@ async def test_a_sample_is_let_go_when_it_has_not_been_used_for_a_while(
 ) -> None:
     monkeypatch.setattr(kept_module, "KEEP_S", 0.2)
     gone = asyncio.Event()
-    kept = KeptSamples(6, BLOCK, lambda name: gone.set())
+    kept = KeptSamples(6, blocks_of, lambda name: gone.set())
     kept.add("a", [0])
     await asyncio.sleep(0.12)
     assert kept.tokens("a") is not None

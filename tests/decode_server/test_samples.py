@@ -77,7 +77,7 @@ class Run:
         self.params = SamplingParams(n=n, output_kind=kind, **params)
         self.reports: list[tuple[int, Any, str]] = []
         self.released: list[str] = []
-        self.kept = KeptSamples(100, BLOCK, self.released.append)
+        self.kept = KeptSamples(100, lambda tokens: tokens // BLOCK + 1, self.released.append)
         self.job = Job(Source(None, ""), SimpleNamespace(), self.kept, first, *open_seats())  # type: ignore[arg-type]
         if report:
             self.job.on_sample = lambda *what: self.reports.append(what)
@@ -345,7 +345,7 @@ def generate() -> Callable[..., Any]:
     from decode_server.llm import JOB, DecodeLLM, Job
 
     def make(llm: Any, prefixes: FakePrefixes, prompts: int = 1, **params: Any) -> list[Any]:
-        kept = KeptSamples(100, BLOCK, lambda name: None)
+        kept = KeptSamples(100, lambda tokens: tokens // BLOCK + 1, lambda name: None)
         JOB.set(Job(Source(None, ""), prefixes, kept, 0, *open_seats()))  # type: ignore[arg-type]
         llm._acquire = lambda *args: DecodeLLM._acquire(llm, *args)
         fields = {"n": 2, "output_kind": RequestOutputKind.DELTA, **params}
@@ -393,7 +393,7 @@ async def test_a_prompt_that_goes_on_is_written_with_the_samples_own_tokens(
     llm.plain, llm.renderer = plain, SimpleNamespace(tokenizer=Letters())
     llm._continued = lambda *args: DecodeLLM._continued(llm, *args)
     llm._acquire = lambda *args: DecodeLLM._acquire(llm, *args)
-    kept = KeptSamples(100, BLOCK, lambda name: None)
+    kept = KeptSamples(100, lambda tokens: tokens // BLOCK + 1, lambda name: None)
     if there:
         kept.add("g-3", [ord("x"), 1])
     JOB.set(Job(Source(None, "continued"), Computed(), kept, 0, *open_seats()))  # type: ignore[arg-type]
