@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import contextvars
 import copy
+import functools
 from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from braid import wire
@@ -23,6 +25,8 @@ from braid.worker.source import Source
 from decode_server import beams
 from decode_server.confidence import Confidence
 from decode_server.kept import KeptSamples, splice
+from decode_server.logprobs import lighten
+from decode_server.pieces import Pieces
 from decode_server.prefix import Held, Prefixes
 from decode_server.seeds import sample_seed
 from decode_server.verdicts import probability
@@ -48,6 +52,7 @@ class Job:
         generated: tokens generated so far, by sample number, also of cancelled samples.
         watch: what is measured of the samples, None if nothing is.
         confidence: what it gave, by sample number.
+        unspelled: nobody is told the tokens of the samples' log-probabilities.
         beams: engine request ids of the running steps of a beam search; None if it is none.
         priority: the engine's own, 0 where it knows none.
         pace: of the worker; its samples are measured by it.
@@ -69,6 +74,7 @@ class Job:
     generated: dict[int, int] = field(default_factory=dict)
     watch: wire.Watch | wire.Verdict | None = None
     confidence: dict[int, float] = field(default_factory=dict)
+    unspelled: bool = False
     beams: set[str] | None = None
     priority: int = 0
     prompt_tokens: int = 0
@@ -112,6 +118,19 @@ class DecodeLLM(AsyncLLM):
 
     vLLM's own children of an ``n`` request can't be cancelled one by one and derive adjacent seeds.
     """
+
+    @functools.cached_property
+    def pieces(self) -> Pieces:
+        """The text of the model's tokens."""
+        tokenizer = self.renderer.tokenizer
+        return Pieces(lambda token: convert_ids_list_to_tokens(tokenizer, [token])[0], tokenizer.decode)
+
+    async def _add_request(self, request: Any, *args: Any, **options: Any) -> None:
+        """vLLM's own, then the log-probabilities of a sample are not spelled out if only we read them."""
+        await super()._add_request(request, *args, **options)
+        job, state = JOB.get(), self.output_processor.request_states.get(request.request_id)
+        if job is not None and job.unspelled and state is not None:
+            lighten(state, sum_only=job.watch is None)
 
     async def generate(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **options: Any
@@ -238,6 +257,7 @@ class _Samples:
         self._options = {**options, "priority": job.priority} if job.priority else options
         self._base = job.first + part * params.n
         job.flow.most = params.max_tokens
+        job.unspelled = params.logprobs is None and job.on_sample is not None
         self._queue: asyncio.Queue[RequestOutput | BaseException | None] = asyncio.Queue()
 
     async def outputs(self) -> AsyncGenerator[RequestOutput, None]:
@@ -306,7 +326,7 @@ class _Samples:
     def _measured(self, number: int, watched: Confidence | None, last: RequestOutput | None) -> None:
         watch, told = self._job.watch, watched.lowest if watched else None
         if isinstance(watch, wire.Verdict) and last is not None:
-            told = probability(last.outputs[0], watch)
+            told = probability(last.outputs[0], watch, self._llm.pieces)
         if told is not None:
             self._job.confidence[number] = told
 

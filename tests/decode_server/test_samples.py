@@ -301,6 +301,13 @@ async def test_what_has_been_reported_is_not_said_again_in_the_joint_output() ->
     ]
 
 
+@pytest.mark.parametrize(("report", "logprobs"), [(True, None), (True, 2), (False, None)])
+async def test_log_probabilities_that_nobody_asked_for_are_not_spelled(report: bool, logprobs: Any) -> None:
+    run = Run(ScriptedLLM(), 1, final=True, report=report, logprobs=logprobs)
+    await run.outputs()
+    assert run.job.unspelled == (report and logprobs is None)
+
+
 async def test_a_verdict_is_looked_for_in_the_final_output() -> None:
     from vllm.sampling_params import RequestOutputKind
 
