@@ -31,6 +31,7 @@ class Worker:
         seen: monotonic time of its last message.
         since: monotonic time of its registration.
         inflight: samples (decode) or prompts (prefill) that the router sent it and that have not ended.
+        quiet: it is connected, and has said nothing for some heartbeats.
         watchers: told once when it is gone.
     """
 
@@ -42,6 +43,7 @@ class Worker:
     draining: bool = False
     gone: bool = False
     inflight: int = 0
+    quiet: bool = False
     watchers: set[Watcher] = field(default_factory=set)
 
     @property
@@ -59,6 +61,8 @@ class Worker:
             return "gone"
         if self.draining:
             return "draining"
+        if self.quiet:
+            return "quiet"
         return "ready" if self.beat.engine_ok else "broken"
 
     @property
@@ -88,8 +92,9 @@ class Registry:
         return self._by_identity.get(identity)
 
     def ready(self, role: wire.Role, model: str) -> list[Worker]:
-        """Workers that may be given work for ``model``, by name."""
-        return [w for w in self.all() if w.hello.role == role and w.usable and model in w.hello.models]
+        """Workers that may be given work for ``model``, by name; quiet ones only if there are no others."""
+        found = [w for w in self.all() if w.hello.role == role and w.usable and model in w.hello.models]
+        return [w for w in found if not w.quiet] or found
 
     def models(self) -> list[str]:
         """Models that a decode worker serves now."""
@@ -138,6 +143,11 @@ class Registry:
         for callback in (*self.lost, *worker.watchers):
             callback(worker, reason)
         worker.watchers.clear()
+
+    def hush(self, heard_since: float) -> None:
+        """Note which workers have not been heard since then."""
+        for worker in self.all():
+            worker.quiet = worker.seen < heard_since
 
     def expire(self, silent_since: float) -> None:
         """Lose every worker that was last heard before ``silent_since``."""

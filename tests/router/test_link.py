@@ -21,7 +21,8 @@ async def test_a_worker_is_welcomed_and_pinged(stand: Stand) -> None:
     assert [w.name for w in stand.app.registry.all()] == ["d0"]
 
 
-async def test_a_silent_worker_is_lost_and_rejoins(stand: Stand) -> None:
+async def test_a_worker_that_hangs_is_lost_and_rejoins(make_stand: MakeStand) -> None:
+    stand = await make_stand(hang_s=0.3)
     d0 = await stand.worker("decode", "d0", beats=False)
     await stand.until(lambda: not stand.app.registry.all())
     await d0.send(wire.Beat())
