@@ -271,7 +271,7 @@ class Link:
             self._drop("stranger")
             self._send_frames(identity, [wire.encode(wire.Ping(NOBODY))])
             return
-        worker.seen = time.monotonic()
+        worker.seen, worker.spoke = time.monotonic(), True
         if isinstance(message, wire.Beat):
             worker.beat = message
         elif isinstance(message, wire.Bye):

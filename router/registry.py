@@ -31,6 +31,7 @@ class Worker:
         seen: monotonic time of its last message.
         since: monotonic time of its registration.
         inflight: samples (decode) or prompts (prefill) that the router sent it and that have not ended.
+        spoke: it has said something since it was registered.
         quiet: it is connected, and has said nothing for some heartbeats.
         watchers: told once when it is gone.
     """
@@ -43,6 +44,7 @@ class Worker:
     draining: bool = False
     gone: bool = False
     inflight: int = 0
+    spoke: bool = False
     quiet: bool = False
     watchers: set[Watcher] = field(default_factory=set)
 
@@ -107,8 +109,9 @@ class Registry:
     def hello(self, identity: bytes, hello: wire.Hello, now: float, duplicate_s: float) -> Worker:
         """Register the worker that introduced itself.
 
-        A repeated ``Hello`` within ``duplicate_s`` of the first changes nothing. A later one says that
-        the worker lost the router and stopped its work: what it had is lost, and it starts afresh.
+        A repeated ``Hello`` changes nothing if it came within ``duplicate_s`` of the first, or if the worker
+        has said nothing else since: then it was sent before the welcome was read. Another one says that the
+        worker lost the router and stopped its work: what it had is lost, and it starts afresh.
 
         Raises:
             HelloRefused: wrong protocol, unusable values, or an epoch that a newer one replaced.
@@ -119,7 +122,7 @@ class Registry:
         old = self._by_name.get(hello.worker)
         if old is not None:
             same = old.identity == identity and old.hello == hello
-            if same and now - old.since < duplicate_s:
+            if same and (not old.spoke or now - old.since < duplicate_s):
                 old.seen = now
                 return old
             self._replace(old, hello.epoch)

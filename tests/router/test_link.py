@@ -35,7 +35,7 @@ async def test_a_killed_worker_is_noticed_by_its_connection(make_stand: MakeStan
     stand = await make_stand(heartbeat_s=0.2, heartbeat_misses=1000)
     d0 = await stand.worker("decode", "d0")
     await d0.die()
-    await stand.until(lambda: not stand.app.registry.all(), timeout_s=2)
+    await stand.until(lambda: not stand.app.registry.all())
     assert stand.metric("braid_workers_lost_total", role="decode", reason="disconnected") == 1
 
 

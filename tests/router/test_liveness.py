@@ -16,11 +16,10 @@ import pytest
 from braid import wire
 from router.registry import Worker
 from tests.kvtransfer.proxy import Proxy
-from tests.router.conftest import CHAT, MakeStand, Stand, chat
+from tests.router.conftest import CHAT, LONG_S, MakeStand, Stand, chat
 from tests.router.fake_worker import FakeWorker, silent
 
 HEARTBEATS = {"heartbeat_s": 0.1, "heartbeat_misses": 6}
-LONG_S = 60.0
 PROCESS = """
 import asyncio, sys
 from tests.router.fake_worker import FakeWorker
@@ -74,12 +73,12 @@ def apart(link: str) -> Iterator[Apart]:
 
 
 async def joined(stand: Stand) -> Worker:
-    await stand.until(lambda: len(stand.app.registry.all()) == 1, LONG_S)
+    await stand.until(lambda: len(stand.app.registry.all()) == 1)
     return stand.app.registry.all()[0]
 
 
 async def lost(stand: Stand, reason: str) -> None:
-    await stand.until(lambda: not stand.app.registry.all(), LONG_S)
+    await stand.until(lambda: not stand.app.registry.all())
     assert stand.metric("braid_workers_lost_total", role="decode", reason=reason) == 1
 
 
@@ -89,12 +88,12 @@ async def test_a_worker_whose_loop_is_busy_is_not_given_up(make_stand: MakeStand
     with apart(stand.link) as busy:
         d0 = await joined(stand)
         busy.hold_up()
-        await stand.until(lambda: d0.quiet, LONG_S)
+        await stand.until(lambda: d0.quiet)
         until = time.monotonic() + 10 * HEARTBEATS["heartbeat_s"]
-        await stand.until(lambda: time.monotonic() > until, LONG_S)
+        await stand.until(lambda: time.monotonic() > until)
         assert d0.state == "quiet"
         busy.go_on()
-        await stand.until(lambda: d0.state == "ready", LONG_S)
+        await stand.until(lambda: d0.state == "ready")
 
 
 async def test_a_worker_whose_loop_hangs_is_given_up(make_stand: MakeStand) -> None:
@@ -110,7 +109,7 @@ async def test_a_quiet_worker_gets_work_only_if_there_is_no_other(make_stand: Ma
     with apart(stand.link) as busy:
         d0 = await joined(stand)
         busy.hold_up()
-        await stand.until(lambda: d0.quiet, LONG_S)
+        await stand.until(lambda: d0.quiet)
         assert stand.app.registry.ready("decode", "demo") == [d0]
         await stand.worker("decode", "d1")
         assert [w.name for w in stand.app.registry.ready("decode", "demo")] == ["d1"]
@@ -153,11 +152,11 @@ async def test_a_router_whose_loop_is_late_gives_nobody_up(make_stand: MakeStand
         d0 = await joined(stand)
         worker.worker.script = silent
         request = asyncio.create_task(stand.post(CHAT, chat(deadline_s=LONG_S)))
-        await stand.until(lambda: bool(worker.worker.got(wire.Decode)), LONG_S)
+        await stand.until(lambda: bool(worker.worker.got(wire.Decode)))
         time.sleep(2.0)  # noqa: ASYNC251 - this loop is the router's
         for _ in range(3):
             pings = len(worker.worker.got(wire.Ping))
-            await stand.until(lambda: len(worker.worker.got(wire.Ping)) > pings, LONG_S)  # noqa: B023
+            await stand.until(lambda: len(worker.worker.got(wire.Ping)) > pings)  # noqa: B023
         assert stand.app.registry.all() == [d0]
         assert not request.done()
         request.cancel()
