@@ -60,6 +60,15 @@ class Options(BaseModel):
         return self
 
 
+class ReasonedOptions(Options):
+    """Of a strategy whose samples reason."""
+
+    cot: bool = True
+    """Append `trigger`, so that the samples reason. Off: the prompt as it is."""
+    trigger: str = Field(TRIGGER, min_length=1, max_length=2000)
+    """What makes the model reason (default: the router's setting)."""
+
+
 class SingleOptions(Options):
     """Of a strategy that draws one sample."""
 
@@ -67,13 +76,8 @@ class SingleOptions(Options):
     """Always 1."""
 
 
-class ManyOptions(Options):
+class ManyOptions(ReasonedOptions):
     """Of a strategy that draws N samples and chooses."""
-
-    cot: bool = True
-    """Append `trigger`, so that the samples reason. Off: the prompt as it is."""
-    trigger: str = Field(TRIGGER, min_length=1, max_length=2000)
-    """What makes the model reason (default: the router's setting)."""
 
 
 class WaveOptions(ManyOptions):
