@@ -48,6 +48,9 @@ class ProcessSettings(BaseSettings):
     )
     heartbeat_s: float = Field(0.5, gt=0, le=60, description="interval of heartbeats")
     heartbeat_misses: int = Field(6, ge=2, description="missed heartbeats after which a peer is gone")
+    hang_s: float = Field(
+        30.0, gt=0, description="seconds after which a peer is gone that is connected and says nothing"
+    )
 
     @classmethod
     def settings_customise_sources(

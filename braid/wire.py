@@ -26,7 +26,7 @@ sample, then ``GroupDone``
 
 Exactly one terminal message answers a dispatch: ``PrefillDone``, ``Body(end=True)``, or
 ``GroupDone``; also after a ``Cancel`` (then it says so). A worker that loses the router
-(no ``Ping`` for several heartbeats) stops all work of it and says ``Hello`` again. A message that
+(:mod:`braid.liveness`) stops all work of it and says ``Hello`` again. A message that
 names an unknown ``ref`` is dropped.
 """
 

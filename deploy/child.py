@@ -1,7 +1,8 @@
 """Run a command that ends when its launcher does: ``python deploy/child.py LAUNCHER_PID COMMAND...``
 
 The command gets SIGTERM when the launcher dies, however it dies (``PR_SET_PDEATHSIG`` survives the
-exec). Standard library only and run as a file, so that it starts in milliseconds. Linux only.
+exec); one that doesn't end by it is :mod:`deploy.guard`'s. Standard library only and run as a file, so
+that it starts in milliseconds. Linux only.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ import httpx
 from pydantic import Field, model_validator
 
 from braid.settings import Names, ProcessSettings
+from deploy.guard import Guard
 from deploy.placement import Hardware, Seat, seats
 
 Role = Literal["router", "prefill", "decode", "sim"]
@@ -120,8 +121,8 @@ class Cluster:
     Order of calls: ``start``, ``wait_ready``, ``stop``; as a context manager the first and the last are
     implied. ``stop`` may be called at any time and repeatedly, and leaves no process: children run in
     process groups of their own, and whatever is left of a group is killed. A launcher that dies without
-    calling it takes its children along (:mod:`deploy.child`). Start it in a thread that lives as long as
-    the cluster: the kernel ties the children to that thread.
+    calling it takes its children along (:mod:`deploy.child`, :mod:`deploy.guard`). Start it in a thread
+    that lives as long as the cluster: the kernel ties the children to that thread.
     """
 
     def __init__(
@@ -147,6 +148,7 @@ class Cluster:
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._plans: dict[str, Plan] = {}
         self._lock: IO[str] | None = None
+        self._guard: Guard | None = None
 
     @property
     def url(self) -> str:
@@ -186,6 +188,7 @@ class Cluster:
         try:
             self.port = self.settings.port or free_port()
             check_port(self.settings.host, self.port)
+            self._guard = Guard(self.settings.drain_s + WORKER_END_S)
             for plan in self.plans(f"tcp://{LOOPBACK}:{free_port()}"):
                 self._spawn(plan)
         except BaseException:
@@ -284,6 +287,9 @@ class Cluster:
             self._end(["router"], grace + 5 if grace else 0)
         self._end(workers, WORKER_END_S if grace else 0)
         self._processes.clear()
+        if self._guard is not None:
+            self._guard.close()
+            self._guard = None
         if self._lock is not None:
             self.state_file.unlink(missing_ok=True)
             shutil.rmtree(self._sockets, ignore_errors=True)
@@ -386,6 +392,8 @@ class Cluster:
                 start_new_session=True,
             )
         self._processes[plan.name] = process
+        if self._guard is not None:
+            self._guard.watch(process.pid)
         self.children[plan.name] = Child(plan.name, plan.role, process.pid, str(log), plan.argv)
 
     def _write_state(self) -> None:

@@ -23,6 +23,7 @@ import zmq.asyncio
 from braid import wire
 from braid.errors import ClientGone
 from braid.keys import apply_curve_server, stop_authenticator
+from braid.liveness import watch_connection
 from braid.settings import RouterSettings
 from router.metrics import Metrics
 from router.registry import HelloRefused, Registry, Worker
@@ -35,7 +36,7 @@ INBOX_BYTES = 16 * 1024 * 1024
 """Most bytes a request may hold for a client that reads slowly."""
 NOBODY = 0
 """No router's epoch: a ``Ping`` with it tells a worker that it is not registered (any more), so that it
-stops its work and says ``Hello`` at once instead of after several silent heartbeats."""
+stops its work and says ``Hello`` at once."""
 _FAIR = 64
 """Messages handled before the event loop gets its turn."""
 
@@ -158,12 +159,10 @@ class Link:
         self._context = zmq.asyncio.Context()
         sock = self._socket = self._context.socket(zmq.ROUTER)
         sock.linger = 0
-        sock.sndhwm = sock.rcvhwm = 0
         sock.maxmsgsize = wire.MAX_FRAME
         sock.router_mandatory = 1
         sock.router_handover = 1
-        sock.heartbeat_ivl = 2000
-        sock.heartbeat_timeout = 6000
+        watch_connection(sock, self._settings.heartbeat_s, self._settings.heartbeat_misses)
         apply_curve_server(sock, self._settings.keys_dir)
         try:
             sock.bind(self._settings.link)
@@ -273,7 +272,7 @@ class Link:
             self._drop("stranger")
             self._send_frames(identity, [wire.encode(wire.Ping(NOBODY))])
             return
-        worker.seen = time.monotonic()
+        worker.seen, worker.spoke = time.monotonic(), True
         if isinstance(message, wire.Beat):
             worker.beat, worker.newcomers = message, 0
         elif isinstance(message, wire.Bye):
@@ -331,10 +330,11 @@ class Link:
             await asyncio.sleep(max(0.0, due - time.monotonic()))
             now = time.monotonic()
             for worker in self._registry.all():
-                self.send(worker, wire.Ping(self.epoch))
+                self.send(worker, wire.Ping(self.epoch))  # fails where the connection is lost
             # After a stall of our own, the workers' beats still wait in the socket.
             if now - due < interval:
-                self._registry.expire(now - interval * self._settings.heartbeat_misses)
+                self._registry.hush(now - interval * self._settings.heartbeat_misses)
+                self._registry.expire(now - self._settings.hang_s)
             self._reap(now - CANCEL_GRACE_S)
             due = now + interval
 

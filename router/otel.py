@@ -60,7 +60,7 @@ class OtelTracer(Tracer):
         if not self._stopped:
             self._stopped = True
             # A thread that the interpreter does not wait for: the collector may be away.
-            flush = threading.Thread(target=self._provider.shutdown, daemon=True)
+            flush = threading.Thread(target=self._provider.shutdown, name="otel-flush", daemon=True)
             flush.start()
             await asyncio.to_thread(flush.join, FLUSH_S)
 

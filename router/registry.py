@@ -32,6 +32,8 @@ class Worker:
         since: monotonic time of its registration.
         inflight: samples (decode) or prompts (prefill) that the router sent it and that have not ended.
         newcomers: single requests that it was sent since its last heartbeat.
+        spoke: it has said something since it was registered.
+        quiet: it is connected, and has said nothing for some heartbeats.
         watchers: told once when it is gone.
     """
 
@@ -44,6 +46,8 @@ class Worker:
     gone: bool = False
     inflight: int = 0
     newcomers: int = 0
+    spoke: bool = False
+    quiet: bool = False
     watchers: set[Watcher] = field(default_factory=set)
 
     @property
@@ -61,6 +65,8 @@ class Worker:
             return "gone"
         if self.draining:
             return "draining"
+        if self.quiet:
+            return "quiet"
         return "ready" if self.beat.engine_ok else "broken"
 
     @property
@@ -97,8 +103,9 @@ class Registry:
         return self._by_identity.get(identity)
 
     def ready(self, role: wire.Role, model: str) -> list[Worker]:
-        """Workers that may be given work for ``model``, by name."""
-        return [w for w in self.all() if w.hello.role == role and w.usable and model in w.hello.models]
+        """Workers that may be given work for ``model``, by name; quiet ones only if there are no others."""
+        found = [w for w in self.all() if w.hello.role == role and w.usable and model in w.hello.models]
+        return [w for w in found if not w.quiet] or found
 
     def models(self) -> list[str]:
         """Models that a decode worker serves now."""
@@ -111,8 +118,9 @@ class Registry:
     def hello(self, identity: bytes, hello: wire.Hello, now: float, duplicate_s: float) -> Worker:
         """Register the worker that introduced itself.
 
-        A repeated ``Hello`` within ``duplicate_s`` of the first changes nothing. A later one says that
-        the worker lost the router and stopped its work: what it had is lost, and it starts afresh.
+        A repeated ``Hello`` changes nothing if it came within ``duplicate_s`` of the first, or if the worker
+        has said nothing else since: then it was sent before the welcome was read. Another one says that the
+        worker lost the router and stopped its work: what it had is lost, and it starts afresh.
 
         Raises:
             HelloRefused: wrong protocol, unusable values, or an epoch that a newer one replaced.
@@ -123,7 +131,7 @@ class Registry:
         old = self._by_name.get(hello.worker)
         if old is not None:
             same = old.identity == identity and old.hello == hello
-            if same and now - old.since < duplicate_s:
+            if same and (not old.spoke or now - old.since < duplicate_s):
                 old.seen = now
                 return old
             self._replace(old, hello.epoch)
@@ -147,6 +155,11 @@ class Registry:
         for callback in (*self.lost, *worker.watchers):
             callback(worker, reason)
         worker.watchers.clear()
+
+    def hush(self, heard_since: float) -> None:
+        """Note which workers have not been heard since then."""
+        for worker in self.all():
+            worker.quiet = worker.seen < heard_since
 
     def expire(self, silent_since: float) -> None:
         """Lose every worker that was last heard before ``silent_since``."""

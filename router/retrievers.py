@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Protocol, TypeVar
 
 import msgspec
@@ -32,6 +32,14 @@ class Document(msgspec.Struct, frozen=True):
         told = {"id": self.id, "title": self.title, "score": self.score, "characters": len(self.text)}
         entry = {key: value for key, value in told.items() if value not in (None, "")}
         return entry | ({"text": self.text} if with_text else {})
+
+
+def listed(documents: Sequence[Document]) -> str:
+    """Their titles and texts, numbered from 1, for a prompt."""
+    return "\n\n".join(
+        f"[{number}] {one.title}\n{one.text}" if one.title else f"[{number}] {one.text}"
+        for number, one in enumerate(documents, 1)
+    )
 
 
 class _Found(msgspec.Struct):

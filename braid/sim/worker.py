@@ -101,6 +101,7 @@ class SimWorker:
             self.service,
             heartbeat_s=settings.heartbeat_s,
             misses=settings.heartbeat_misses,
+            hang_s=settings.hang_s,
             keys_dir=settings.keys_dir,
             context=shared.context,
         )

@@ -14,6 +14,7 @@ import zmq.asyncio
 
 from braid import wire
 from braid.keys import apply_curve_client
+from braid.liveness import is_connected, watch_connection
 from braid.log import GROUP
 
 log = logging.getLogger("braid.worker")
@@ -44,8 +45,9 @@ class WorkerLink:
     """Keeps the worker registered and carries messages both ways.
 
     Messages sent within one turn of the event loop leave as one multipart message, so the tokens that
-    a scheduling step gave to all samples travel together. Heartbeats run both ways; without a ``Ping``
-    for ``misses`` heartbeats the router is gone and all its work is stopped.
+    a scheduling step gave to all samples travel together. Heartbeats run both ways (:mod:`braid.liveness`);
+    when the connection is lost, or no ``Ping`` came for ``hang_s``, the router is gone and all its work is
+    stopped.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class WorkerLink:
         *,
         heartbeat_s: float,
         misses: int,
+        hang_s: float,
         keys_dir: Path | None = None,
         context: zmq.asyncio.Context | None = None,
     ) -> None:
@@ -63,13 +66,15 @@ class WorkerLink:
         self._hello = wire.encode(hello)
         self._service = service
         self._heartbeat_s = heartbeat_s
-        self._misses = misses
+        self._hang_s = hang_s
         self._own = context is None
         self._context = context or zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 1000)
         self._socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_FRAME)
         self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+        self._socket.setsockopt(zmq.IMMEDIATE, 1)
+        watch_connection(self._socket, heartbeat_s, misses)
         apply_curve_client(self._socket, keys_dir)
         self._socket.connect(endpoint)
         self._outbox: list[wire.FromWorker] = []
@@ -125,7 +130,9 @@ class WorkerLink:
     async def _beat(self) -> None:
         while True:
             if self._router is not None:
-                if time.monotonic() - self._heard > self._heartbeat_s * self._misses:
+                if not is_connected(self._socket):
+                    self._router_gone("disconnected")
+                elif time.monotonic() - self._heard > self._hang_s:
                     self._router_gone("silent")
                 else:
                     self.send(self._service.beat())

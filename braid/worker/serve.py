@@ -104,6 +104,7 @@ class _Worker:
             service,
             heartbeat_s=self._settings.heartbeat_s,
             misses=self._settings.heartbeat_misses,
+            hang_s=self._settings.hang_s,
             keys_dir=self._settings.keys_dir,
         )
         server = _http_server(_app(engine, service, link))

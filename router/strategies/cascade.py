@@ -11,12 +11,11 @@ from braid.errors import BraidError, DeadlineExceeded
 from braid.services import NAME
 from router.sampler import Answer, Progress, Sampler
 from router.strategies import verified
-from router.strategies.ballots import conclude_vote, votes_of
+from router.strategies.ballots import conclude_vote
 from router.strategies.collect import Run
-from router.strategies.levels import Level, judged
-from router.strategies.prompt import sampled, with_trigger
+from router.strategies.levels import Level, judged, settling
+from router.strategies.prompt import reasoned, sampled
 from router.strategies.several import Metered, SeveralOptions, entries
-from router.strategies.voting import is_decided
 from router.verifiers import Verifier
 
 
@@ -63,9 +62,9 @@ async def run(
     run = Run(metered, options, progress)
     for model in models:
         last = model == models[-1]
-        level = Level(model, range(run.drawn, run.drawn + (options.final_n if last else options.n)))
+        level = Level(model, range(run.drawn, run.drawn + (options.final_n if last else options.n)), last)
         levels.append(level)
-        await _ask(run, level, _question(body, options, level), options, verifier, last)
+        await _ask(run, level, _question(body, options, level), options, verifier)
         if level.accepted or run.stopped is not None:
             break
     run.fail_unless_finished()
@@ -80,35 +79,22 @@ def _question(body: Mapping[str, Any], options: CascadeOptions, level: Level) ->
     body = {**body, "model": level.model}
     if len(level.numbers) > 1:
         return sampled(body, options)
-    return {"temperature": 0.0, **(with_trigger(body, options.trigger) if options.cot else body)}
+    return {"temperature": 0.0, **reasoned(body, options)}
 
 
 async def _ask(
-    run: Run,
-    level: Level,
-    question: Mapping[str, Any],
-    options: CascadeOptions,
-    verifier: Verifier | None,
-    last: bool,
+    run: Run, level: Level, question: Mapping[str, Any], options: CascadeOptions, verifier: Verifier | None
 ) -> None:
-    """Draw the model's samples and judge its answer; the last model's is accepted as it is."""
-
-    def settled(so_far: Run) -> str | None:
-        ended = level.of(so_far.ended)
-        votes = votes_of(ended)
-        sure = last or (options.by == "agreement" and level.share(votes) >= options.threshold)
-        decided = sure and is_decided(votes, len(level.numbers) - len(ended))
-        return ("decided" if last else "accepted") if decided else None
-
-    stop = settled if options.early_stop else None
-    keep = verifier is not None and verified.reads_on(verifier) and not last
+    """Draw the model's samples and judge its answer."""
+    agreement = options.threshold if options.by == "agreement" else float("inf")
+    stop = settling(level, agreement) if options.early_stop else None
+    keep = verifier is not None and verified.reads_on(verifier) and not level.last
     try:
         level.answers = await run.draw(question, len(level.numbers), settled=stop, keep=keep)
-        if level.answers and not last:
+        if level.answers and not level.last:
             level.score = await judged(run, level, question, options.by, verifier)
     except BraidError as error:
-        if last or options.on_failure == "all" or isinstance(error, DeadlineExceeded):
+        if level.last or options.on_failure == "all" or isinstance(error, DeadlineExceeded):
             raise
         level.error = error.message
-    sure = last or (level.score is not None and level.score >= options.threshold)
-    level.accepted = bool(level.answers) and sure
+    level.accept(options.threshold)

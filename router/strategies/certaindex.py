@@ -14,19 +14,18 @@ from router.strategies.continuation import (
     NOTHING,
     check_continuable,
     check_not_thinking,
-    continued,
+    extended,
     joined,
     limit_of,
-    limited,
 )
-from router.strategies.options import TRIGGER, SingleOptions
-from router.strategies.prompt import with_trigger
+from router.strategies.options import ReasonedOptions, SingleOptions
+from router.strategies.prompt import reasoned
 from router.strategies.scored import Scored, score
 
 HEDGES = ("wait", "hold", "but", "okay", "no", "hmm")
 
 
-class CertaindexOptions(SingleOptions):
+class CertaindexOptions(SingleOptions, ReasonedOptions):
     """Options of ``certaindex``."""
 
     every: int = Field(64, ge=1, le=32768)
@@ -39,10 +38,6 @@ class CertaindexOptions(SingleOptions):
     """The most tokens of a probe's answer; a line's end ends it too."""
     hedges: tuple[str, ...] = Field(HEDGES, max_length=100)
     """A probe with one of these words is no certain answer."""
-    cot: bool = True
-    """Append `trigger` to the question."""
-    trigger: str = Field(TRIGGER, min_length=1, max_length=2000)
-    """What makes the model reason (default: the router's setting)."""
 
 
 async def run(
@@ -56,34 +51,30 @@ async def run(
     text that is returned. At a bound, and at the request's ``max_tokens``, the last probe answers.
     """
     check_continuable(body)
-    question = with_trigger(body, options.trigger) if options.cot else dict(body)
+    question, most = reasoned(body, options), limit_of(body)
     run = Run(sampler, options, progress)
     chain, last, probes = NOTHING, None, list[Scored]()
-    while True:
-        most = limit_of(body)
+    while run.stopped is None and chain.tokens != most:
         left = options.every if most is None else min(options.every, most - chain.tokens)
-        chunk = limited(continued(question, chain.text), left, chain.tokens)
+        chunk = extended(question, chain.text, left, chain.tokens)
         drawn = await run.draw(chunk, 1, role="chain", keep=True, after=last)
         run.fail_unless_finished()
         if not drawn:
             break
         last = drawn[0].sample
         check_not_thinking(last)
-        chain = joined(chain, last, chain.text + last.text, last.finish_reason)
+        chain = joined(chain, last, chain.text + last.text)
         if run.stopped is None and (last.finish_reason != "length" or last.tokens < left):
             return await _conclude(run, chain, probes, ended=True)
-        asked = limited(continued(question, chain.text + options.probe), options.probe_tokens)
-        asked |= {"temperature": 0, "stop": ["\n"], "min_tokens": 0}
-        said = await run.draw(asked, 1, role="probe", after=last)
+        asked = extended(question, chain.text + options.probe, options.probe_tokens)
+        greedy = {**asked, "temperature": 0, "stop": ["\n"], "min_tokens": 0}
+        said = await run.draw(greedy, 1, role="probe", after=last)
         if not said:
             break
         text = chain.text + options.probe + said[0].sample.text
-        ends = said[0].sample.finish_reason
-        probes.append(await score(joined(chain, said[0].sample, text, ends), options, run.left_s, "probe"))
+        probes.append(await score(joined(chain, said[0].sample, text), options, run.left_s, "probe"))
         if options.early_stop and certain(probes, options):
             run.stopped = run.stopped or "certain"
-        if run.stopped is not None or chain.tokens == most:
-            break
     return await _conclude(run, chain, probes, ended=False)
 
 

@@ -64,6 +64,11 @@ def limited(body: Mapping[str, Any], max_tokens: int | None, done: int = 0) -> d
     return body if max_tokens is None else {**body, "max_tokens": max_tokens}
 
 
+def extended(body: Mapping[str, Any], text: str, max_tokens: int | None, done: int = 0) -> dict[str, Any]:
+    """``body`` with the answer begun by ``text``, as :func:`continued`, and a limit, as :func:`limited`."""
+    return limited(continued(body, text), max_tokens, done)
+
+
 def limit_of(body: Mapping[str, Any]) -> int | None:
     """The most tokens that the client wants generated, None if it does not say."""
     for field in ("max_completion_tokens", "max_tokens"):
@@ -109,9 +114,10 @@ def joined_choice(before: Mapping[str, Any], choice: Mapping[str, Any], text: st
     return whole
 
 
-def joined(before: Sample, sample: Sample, text: str, finish_reason: str) -> Sample:
+def joined(before: Sample, sample: Sample, text: str, finish_reason: str = "") -> Sample:
     """``sample``, which went on from ``before``, as one of the whole answer ``text``: tokens,
-    log-probability and choice are of both."""
+    log-probability and choice are of both, ``finish_reason`` is its own if none is given."""
+    finish_reason = finish_reason or sample.finish_reason
     known = before.logprob is not None and sample.logprob is not None
     choice = joined_choice(before.choice, sample.choice, text)
     return replace(

@@ -91,7 +91,7 @@ class _Path:
 
 async def _path(run: Run, start: Position, token: str, drawn: Scored) -> _Path:
     begun = replace(NOTHING, logprob=dict(start.top)[token], tokens=1)
-    whole = joined(begun, drawn.sample, token + drawn.sample.text, drawn.sample.finish_reason)
+    whole = joined(begun, drawn.sample, token + drawn.sample.text)
     one = await score(whole, run.options, run.left_s, drawn.role)
     path = [Position(token, start.top), *positions(drawn.sample.choice)]
     return _Path(one, token, None if one.answer is None else answer_margin(path, one.answer))

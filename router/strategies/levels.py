@@ -8,20 +8,22 @@ from typing import Any
 
 from router.strategies import verified
 from router.strategies.ballots import votes_of
-from router.strategies.run import Run
+from router.strategies.run import Run, Settled
 from router.strategies.scored import Scored, most_confident
 from router.strategies.several import Metered
-from router.strategies.voting import Votes, weight_of
+from router.strategies.voting import Votes, is_decided, weight_of
 from router.verifiers import Verifier
 
 
 @dataclass(slots=True)
 class Level:
-    """``numbers``: of its samples. ``score``: how sure its answer is, None where it is unknown or not asked
-    for. ``error``: why it could not be served."""
+    """``numbers``: of its samples. ``last``: no model is dearer, so its answer is accepted as it is.
+    ``score``: how sure its answer is, None where it is unknown or not asked for. ``error``: why it could not
+    be served."""
 
     model: str
     numbers: range
+    last: bool
     answers: Sequence[Scored] = field(default_factory=list)
     score: float | None = None
     accepted: bool = False
@@ -30,6 +32,11 @@ class Level:
     @property
     def votes(self) -> list[Votes]:
         return votes_of(self.answers)
+
+    def accept(self, threshold: float) -> None:
+        """Accept its answer if it has one and that is sure enough."""
+        sure = self.last or (self.score is not None and self.score >= threshold)
+        self.accepted = bool(self.answers) and sure
 
     def of(self, samples: Iterable[Scored]) -> list[Scored]:
         """Those of ``samples`` that are the model's."""
@@ -50,6 +57,20 @@ class Level:
         told |= {"answer": self.votes[0].answer if self.votes else None, "accepted": self.accepted}
         told |= {"score": None if self.score is None else round(self.score, 6)}
         return told | ({"error": self.error} if self.error else {})
+
+
+def settling(level: Level, agreement: float) -> Settled:
+    """What says, while a level's samples come, that the rest can't undo that its answer is accepted: the
+    last level's as it is, another's for a share of ``agreement``."""
+
+    def settled(run: Run) -> str | None:
+        ended = level.of(run.ended)
+        votes = votes_of(ended)
+        sure = level.last or level.share(votes) >= agreement
+        decided = sure and is_decided(votes, len(level.numbers) - len(ended))
+        return ("decided" if level.last else "accepted") if decided else None
+
+    return settled
 
 
 async def judged(

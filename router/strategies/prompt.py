@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from braid.errors import BadRequest
-from router.strategies.options import ManyOptions
+from router.strategies.options import ManyOptions, ReasonedOptions
 
 
 def with_trigger(body: Mapping[str, Any], trigger: str) -> dict[str, Any]:
@@ -24,6 +24,11 @@ def with_trigger(body: Mapping[str, Any], trigger: str) -> dict[str, Any]:
             messages[at] = {**message, "content": _content(message.get("content"), trigger)}
             return {**body, "messages": messages}
     raise BadRequest("the trigger needs a user message to follow: add one", param="messages")
+
+
+def reasoned(body: Mapping[str, Any], options: ReasonedOptions) -> dict[str, Any]:
+    """``body`` with the trigger if ``cot`` is on; raises as :func:`with_trigger`."""
+    return with_trigger(body, options.trigger) if options.cot else dict(body)
 
 
 def _prompt(prompt: Any, trigger: str) -> str:
@@ -74,7 +79,7 @@ def with_context(body: Mapping[str, Any], context: str) -> dict[str, Any]:
 
 def sampled(body: Mapping[str, Any], options: ManyOptions) -> dict[str, Any]:
     """The body of N samples to choose from: the trigger if ``cot`` is on, and a temperature."""
-    return with_sampling(with_trigger(body, options.trigger) if options.cot else body, options.n)
+    return with_sampling(reasoned(body, options), options.n)
 
 
 def with_sampling(body: Mapping[str, Any], n: int) -> dict[str, Any]:

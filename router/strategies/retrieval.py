@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from braid.errors import BadRequest, DeadlineExceeded, UpstreamFailed
 from braid.services import NAME
-from router.retrievers import Document, ServiceFailed
+from router.retrievers import Document, ServiceFailed, listed
 from router.sampler import Answer, Progress, Sampler
 from router.strategies.following import following, n_of_then
 from router.strategies.options import ManyOptions, Options
@@ -93,15 +93,8 @@ async def run(
         raise DeadlineExceeded("nothing was retrieved within deadline_s", param="reasoning.deadline_s")
     if options.deadline_s is not None:
         inner = inner.model_copy(update={"deadline_s": until - clock()})
-    prompt = with_context(body, options.context.replace("{documents}", _listed(found))) if found else body
+    prompt = with_context(body, options.context.replace("{documents}", listed(found))) if found else body
     answer = await spec.run(sampler, prompt, inner, progress)
     documents = [document.report(options.return_samples) for document in found]
     told = {"strategy": "retrieval", "then": spec.name, "retriever": retriever.name, "documents": documents}
     return Answer(answer.choice, {**answer.report, **told, **failed}, answer.usages, answer.tokens)
-
-
-def _listed(documents: Sequence[Document]) -> str:
-    return "\n\n".join(
-        f"[{number}] {one.title}\n{one.text}" if one.title else f"[{number}] {one.text}"
-        for number, one in enumerate(documents, 1)
-    )

@@ -12,8 +12,8 @@ from braid.thinking import without_thinking
 from router.sampler import Answer, Progress, Sampler
 from router.strategies import verified
 from router.strategies.collect import Run, conclude
-from router.strategies.options import TRIGGER, SingleOptions
-from router.strategies.prompt import in_prose, with_trigger, with_turn
+from router.strategies.options import ReasonedOptions, SingleOptions
+from router.strategies.prompt import in_prose, reasoned, with_turn
 from router.strategies.scored import Scored
 from router.verifiers import Verifier
 
@@ -24,7 +24,7 @@ FEEDBACK = (
 REFINE = "Feedback on your answer:\n{feedback}\n\nWrite the complete answer again, corrected accordingly."
 
 
-class SelfRefineOptions(SingleOptions):
+class SelfRefineOptions(SingleOptions, ReasonedOptions):
     """Options of ``self_refine``."""
 
     rounds: int = Field(3, ge=1, le=16)
@@ -39,10 +39,6 @@ class SelfRefineOptions(SingleOptions):
     """A verifier of the router that gives the feedback and accepts, instead of the model, by its name."""
     threshold: float = Field(0.5, ge=0, le=1)
     """The least score that `verifier` accepts."""
-    cot: bool = True
-    """Append `trigger` to the question."""
-    trigger: str = Field(TRIGGER, min_length=1, max_length=2000)
-    """What makes the model reason (default: the router's setting)."""
 
 
 async def run(
@@ -57,7 +53,7 @@ async def run(
     call fails, the latest answer is returned.
     """
     verifier = verified.named(sampler, options.verifier) if options.verifier else None
-    question = with_trigger(body, options.trigger) if options.cot else dict(body)
+    question = reasoned(body, options)
     run = Run(sampler, options, progress)
     latest = await run.draw(question, 1, role="draft", keep=True)
     run.fail_unless_finished()

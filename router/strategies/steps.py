@@ -17,11 +17,10 @@ from router.strategies.continuation import (
     NOTHING,
     check_continuable,
     check_not_thinking,
-    continued,
+    extended,
     joined,
     joined_text,
     limit_of,
-    limited,
     stopping,
 )
 from router.strategies.options import ManyOptions
@@ -148,7 +147,7 @@ class Tree:
 
     def _next(self, parent: Node) -> dict[str, Any]:
         done = parent.scored.sample.tokens
-        body = limited(continued(self.body, parent.text), self._limit(parent)[0], done)
+        body = extended(self.body, parent.text, self._limit(parent)[0], done)
         if parent.depth + 1 >= self.options.steps:
             return body
         return stopping(body, self.options.separator, self._stripped and parent.depth > 0)

@@ -23,8 +23,12 @@ async def vote(
 ) -> None:
     """Score each node by its share of ``votes`` votes; unknown where a bound leaves none.
 
-    A vote that names no node counts for none of them.
+    A vote that names no node counts for none of them. A single node has all votes without asking.
     """
+    if len(nodes) < 2:
+        for node in nodes:
+            node.score = 1.0
+        return
     listed = "\n\n".join(f"Choice {i}:\n{node.text.strip()}" for i, node in enumerate(nodes, 1))
     ask = with_trigger(in_prose(body), f"\n{listed}\n\n{instruction}")
     said = await run.draw(with_sampling(ask, votes), votes, role="vote")

@@ -67,10 +67,11 @@ class _Search:
     async def breadth_first(self) -> Node | None:
         states, kept = [self._tree.root], list[Node]()
         while thoughts := await self._propose(states):
-            await self._value([*(node for node in kept if node.ended), *thoughts])
+            known = [*(node for node in kept if node.ended), *thoughts]
+            await self._value(known)
             if self._tree.run.stopped is not None:
                 return None
-            kept = ranked([*(node for node in kept if node.ended), *thoughts])[: self._options.breadth]
+            kept = ranked(known)[: self._options.breadth]
             states = [node for node in kept if not node.ended]
         return kept[0] if kept and kept[0].ended else None
 
@@ -97,8 +98,5 @@ class _Search:
         """Score the nodes; votes compare them all, and replace what an earlier vote said."""
         if self._options.evaluate == "value":
             await self._tree.judge(nodes)
-        elif len(nodes) > 1:
-            await vote(self._tree.run, self._body, nodes, self._options.instruction, self._options.votes)
         else:
-            for node in nodes:
-                node.score = 1.0
+            await vote(self._tree.run, self._body, nodes, self._options.instruction, self._options.votes)

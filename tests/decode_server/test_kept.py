@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from decode_server import kept as kept_module
-from decode_server.kept import KeptSamples, splice
+from decode_server.kept import KEEP_S, KeptSamples, splice
 from kvtransfer.plan import num_blocks
 
 BLOCK = 4
@@ -116,14 +115,18 @@ async def test_letting_go_twice_releases_once() -> None:
 async def test_a_sample_is_let_go_when_it_has_not_been_used_for_a_while(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(kept_module, "KEEP_S", 0.2)
+    loop, passed = asyncio.get_running_loop(), 0.0
+    real = loop.time
+    monkeypatch.setattr(loop, "time", lambda: real() + passed)
     gone = asyncio.Event()
     kept = KeptSamples(6, blocks_of, lambda name: gone.set())
     kept.add("a", [0])
-    await asyncio.sleep(0.12)
-    assert kept.tokens("a") is not None
-    await asyncio.sleep(0.12)
-    assert not gone.is_set(), "it was used"
-    async with asyncio.timeout(5):
-        await gone.wait()
+    for _ in range(3):
+        passed += 0.6 * KEEP_S
+        for _ in range(3):
+            await asyncio.sleep(0)  # due timers run
+        assert kept.tokens("a") is not None, "it was used"
+    assert not gone.is_set()
+    passed += 1.1 * KEEP_S
+    await gone.wait()
     assert kept.tokens("a") is None

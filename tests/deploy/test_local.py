@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ import pytest
 from pydantic import ValidationError
 from rich.console import Console
 
+from deploy import guard
 from deploy.local import (
     Cluster,
     ClusterError,
@@ -50,6 +52,15 @@ import signal, subprocess, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 print("child", child.pid, flush=True)
+time.sleep(600)
+"""
+CLEAN = """
+import signal, sys, time
+def end(*_):
+    print("clean", flush=True)
+    sys.exit()
+signal.signal(signal.SIGTERM, end)
+print("up", flush=True)
 time.sleep(600)
 """
 SLEEPER = "import time; print('up', flush=True); time.sleep(600)"
@@ -118,23 +129,80 @@ def test_a_process_that_ignores_sigterm_is_killed_with_its_children(
     until(lambda: gone(child))
 
 
-def test_a_killed_launcher_takes_its_processes_along(tmp_path: Path) -> None:
+def launched(
+    run_dir: Path, programs: dict[str, str], grace_s: float = 60.0
+) -> tuple[subprocess.Popen[bytes], list[int]]:
+    """A launcher of its own process, and its processes' ids."""
     program = f"""
-from tests.deploy.test_local import FakeCluster
+from tests.deploy import test_local
 from pathlib import Path
-import time
-FakeCluster(Path({str(tmp_path)!r})).start()
+import deploy.local, time
+deploy.local.WORKER_END_S = {grace_s}
+cluster = test_local.FakeCluster(Path({str(run_dir)!r}), {programs!r})
+cluster.settings = cluster.settings.model_copy(update={{"drain_s": 0.0}})
+cluster.start()
 time.sleep(600)
 """
     launcher = subprocess.Popen([sys.executable, "-c", program])
-    state = tmp_path / "cluster.json"
+    state = run_dir / "cluster.json"
     until(lambda: state.exists() and state.read_text().endswith("}\n"))
     pids = [p["pid"] for p in json.loads(state.read_text())["processes"]]
     # Tied to the launcher once exec has replaced deploy/child.py.
     until(lambda: all("child.py" not in Path(f"/proc/{pid}/cmdline").read_text() for pid in pids))
+    return launcher, pids
+
+
+def kill(launcher: subprocess.Popen[bytes]) -> None:
     launcher.kill()
     launcher.wait()
+
+
+def test_a_killed_launcher_takes_its_processes_along(tmp_path: Path) -> None:
+    launcher, pids = launched(tmp_path, {"router": ROUTER, "decode-0": SLEEPER})
+    kill(launcher)
     until(lambda: all(gone(pid) for pid in pids))
+
+
+def test_a_killed_launcher_leaves_no_stopped_process(tmp_path: Path) -> None:
+    """It goes on, and ends as the launcher's death bids it."""
+    log = tmp_path / "decode-0.log"
+    launcher, [pid] = launched(tmp_path, {"decode-0": CLEAN})
+    try:
+        until(lambda: log.read_text() == "up\n")
+        os.kill(pid, signal.SIGSTOP)
+        kill(launcher)
+        until(lambda: gone(pid))
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    assert log.read_text() == "up\nclean\n"
+
+
+def test_a_killed_launcher_leaves_no_process_that_ignores_sigterm(tmp_path: Path) -> None:
+    log = tmp_path / "decode-0.log"
+    launcher, [pid] = launched(tmp_path, {"decode-0": STUBBORN}, grace_s=0.5)
+    try:
+        until(lambda: log.read_text().endswith("\n"))
+        child = int(log.read_text().split()[1])
+        kill(launcher)
+        until(lambda: gone(pid) and gone(child))
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+
+
+def test_a_guard_kills_no_stranger() -> None:
+    """A number may have gone to another process: the one that began later is left alone."""
+    with subprocess.Popen([sys.executable, "-c", SLEEPER], start_new_session=True) as stranger:
+        try:
+            begun = iter(["1 earlier"])
+            with pytest.MonkeyPatch.context() as patch:
+                real = guard._begun
+                patch.setattr(guard, "_begun", lambda pid: next(begun, "") or real(pid))
+                guard.main([str(stranger.pid)], 0.0)
+            assert not gone(stranger.pid)
+        finally:
+            stranger.kill()
 
 
 def test_a_process_that_ends_while_starting_is_explained(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ class Collector:
 
     def _wait(self) -> None:
         with self._arrived:
-            assert self._arrived.wait_for(lambda: any(span.server for span in self.spans), 10)
+            assert self._arrived.wait_for(lambda: any(span.server for span in self.spans), 60)
 
 
 @contextmanager

@@ -31,6 +31,8 @@ def no_helper_is_left() -> Iterator[None]:
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
+LONG_S = 60.0
+"""Longest wait for what has to come, on a machine that is busy with other things."""
 
 
 def chat(**fields: Any) -> dict[str, Any]:
@@ -69,7 +71,7 @@ class Stand:
         await self.until(lambda: sum(p["verified"] for p in self.app.pairs.state()) >= decoders)
         return found
 
-    async def until(self, holds: Callable[[], bool], timeout_s: float = 5) -> None:
+    async def until(self, holds: Callable[[], bool], timeout_s: float = LONG_S) -> None:
         """Wait for the router's own state: it has no event to await from outside."""
         async with asyncio.timeout(timeout_s):
             while not holds():
@@ -121,7 +123,7 @@ async def make_stand() -> AsyncIterator[MakeStand]:
 
             stack.push_async_callback(stop)
             url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-            http = await stack.enter_async_context(httpx.AsyncClient(base_url=url, timeout=10))
+            http = await stack.enter_async_context(httpx.AsyncClient(base_url=url, timeout=LONG_S))
             stand = Stand(app, url, http, stack)
             stack.push_async_callback(stand.settled)
             return stand

@@ -79,7 +79,7 @@ class FakeWorker:
 
     async def join(self) -> None:
         """Return once welcomed."""
-        await asyncio.wait_for(self.welcomed.wait(), 5)
+        await asyncio.wait_for(self.welcomed.wait(), 60)
 
     async def die(self) -> None:
         """Vanish without a word. Idempotent."""
@@ -98,7 +98,7 @@ class FakeWorker:
     async def send_raw(self, *frames: bytes) -> None:
         await self._socket.send_multipart(frames)
 
-    async def expect(self, kind: type[M], count: int = 1, timeout_s: float = 5) -> M:
+    async def expect(self, kind: type[M], count: int = 1, timeout_s: float = 60) -> M:
         """The ``count``-th message of a kind, once it is there (probes of pairs are left out)."""
         async with asyncio.timeout(timeout_s), self._arrived:
             await self._arrived.wait_for(lambda: len(self.got(kind)) >= count)

@@ -35,7 +35,8 @@ async def test_single_requests_count_until_a_heartbeat_tells_what_runs(make_stan
     await d0.send(*(wire.Body(one.ref, b"", end=True) for one in opened))
 
 
-async def test_a_silent_worker_is_lost_and_rejoins(stand: Stand) -> None:
+async def test_a_worker_that_hangs_is_lost_and_rejoins(make_stand: MakeStand) -> None:
+    stand = await make_stand(hang_s=0.3)
     d0 = await stand.worker("decode", "d0", beats=False)
     await stand.until(lambda: not stand.app.registry.all())
     await d0.send(wire.Beat())
@@ -48,7 +49,7 @@ async def test_a_killed_worker_is_noticed_by_its_connection(make_stand: MakeStan
     stand = await make_stand(heartbeat_s=0.2, heartbeat_misses=1000)
     d0 = await stand.worker("decode", "d0")
     await d0.die()
-    await stand.until(lambda: not stand.app.registry.all(), timeout_s=2)
+    await stand.until(lambda: not stand.app.registry.all())
     assert stand.metric("braid_workers_lost_total", role="decode", reason="disconnected") == 1
 
 

@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from braid import wire
-from tests.router.conftest import CHAT, chat
+from tests.router.conftest import CHAT, LONG_S, chat
 from tests.router.fake_worker import FakeWorker, answer_at_gate, silent
 from tests.router.strategies import packages
 
@@ -40,7 +40,8 @@ def test_the_router_imports_no_engine() -> None:
 
 
 def test_the_router_is_imported_in_half_a_second() -> None:
-    assert min(imports()[0] for _ in range(3)) < 0.5
+    """In one of several tries: processor time grows on a machine that others use too."""
+    assert any(imports()[0] < 0.5 for _ in range(10))
 
 
 class Process:
@@ -51,8 +52,15 @@ class Process:
         self.url = url
         self.d0 = d0
 
+    async def drains(self) -> None:
+        """Return once the router has logged that it drains."""
+        assert self.process.stderr is not None
+        async with asyncio.timeout(LONG_S):
+            while b"draining" not in await self.process.stderr.readline():
+                pass
+
     async def ends(self) -> int:
-        return await asyncio.wait_for(self.process.wait(), 5)
+        return await asyncio.wait_for(self.process.wait(), LONG_S)
 
 
 @contextlib.asynccontextmanager
@@ -62,16 +70,18 @@ async def running(
     link, port_file = f"ipc://{tmp_path}/link", tmp_path / "port"
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "router", "--port", "0", "--link", link, "--port-file", str(port_file)),
-        *("--heartbeat-s", "0.1", "--log-level", "warning", "--drain-s", "3"),
+        *("--heartbeat-s", "0.1", "--drain-s", str(10 * LONG_S)),
         env={**os.environ, **(env or {})},
+        stderr=subprocess.PIPE,
     )
     try:
         p0 = FakeWorker(link, "prefill", "p0")
         d0 = FakeWorker(link, "decode", "d0", script)  # type: ignore[arg-type]
         async with p0, d0:
-            await asyncio.gather(
-                asyncio.wait_for(p0.welcomed.wait(), 20), asyncio.wait_for(d0.welcomed.wait(), 20)
-            )
+            await asyncio.gather(p0.join(), d0.join())
+            async with asyncio.timeout(LONG_S):
+                while not port_file.exists():
+                    await asyncio.sleep(0.01)
             yield Process(process, f"http://127.0.0.1:{int(port_file.read_text())}", d0)
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -80,28 +90,29 @@ async def running(
 
 
 async def test_sigterm_lets_running_requests_end_and_exits_0(tmp_path: Path) -> None:
-    async with running(tmp_path) as router, httpx.AsyncClient(base_url=router.url) as http:
+    async with running(tmp_path) as router, httpx.AsyncClient(base_url=router.url, timeout=LONG_S) as http:
         request = asyncio.create_task(http.post(CHAT, json=chat()))
         await router.d0.expect(wire.Decode)
         router.process.send_signal(signal.SIGTERM)
-        for _ in range(200):
-            refused = await http.post(CHAT, json=chat())
-            if refused.status_code == 503:
-                break
-        assert "retry-after" in refused.headers
+        await router.drains()
+        refused = await http.post(CHAT, json=chat())
+        assert (refused.status_code, "retry-after" in refused.headers) == (503, True)
         router.d0.gate.set()
         assert (await request).status_code == 200
         assert await router.ends() == 0
 
 
 async def test_a_second_signal_exits_at_once(tmp_path: Path) -> None:
-    async with running(tmp_path, silent) as router, httpx.AsyncClient(base_url=router.url) as http:
+    async with (
+        running(tmp_path, silent) as router,
+        httpx.AsyncClient(base_url=router.url, timeout=LONG_S) as http,
+    ):
         request = asyncio.create_task(http.post(CHAT, json=chat()))
         await router.d0.expect(wire.Decode)
         router.process.send_signal(signal.SIGTERM)
-        await asyncio.sleep(0.2)
+        await router.drains()
         router.process.send_signal(signal.SIGTERM)
-        assert await asyncio.wait_for(router.process.wait(), 1) == 1
+        assert await router.ends() == 1
         with pytest.raises(httpx.HTTPError):
             await request
 
@@ -112,7 +123,7 @@ def test_a_taken_port_is_a_clear_error(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         command = [sys.executable, "-m", "router", "--port", port, "--link", f"ipc://{tmp_path}/link"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LONG_S)
     assert done.returncode == 1
     assert "cannot start" in done.stderr
 
@@ -130,10 +141,13 @@ async def test_a_strategy_of_another_package_is_there_after_a_start_and_a_broken
     folder = tmp_path / "site"
     folder.mkdir()
     packages.write(folder, {"offered": OFFERED}, {"echo": "offered:ECHO", "broken": "offered:BROKEN"})
-    async with running(tmp_path, env={"PYTHONPATH": str(folder)}) as router, httpx.AsyncClient() as http:
+    async with (
+        running(tmp_path, env={"PYTHONPATH": str(folder)}) as router,
+        httpx.AsyncClient(timeout=LONG_S) as http,
+    ):
         listed = (await http.get(f"{router.url}/v1/strategies")).json()["data"]
         assert listed[-1]["id"] == "echo"
         router.d0.gate.set()
-        reasoning = {"strategy": "echo", "deadline_s": 5}
+        reasoning = {"strategy": "echo", "deadline_s": LONG_S}
         reply = await http.post(f"{router.url}{CHAT}", json=chat(reasoning=reasoning))
         assert reply.json()["reasoning"]["answer"] == "0"

@@ -49,8 +49,13 @@ def test_a_repeated_hello_changes_nothing(registry: Registry) -> None:
     assert join(registry) is join(registry, now=0.5)
 
 
+def test_a_late_hello_of_a_worker_that_has_not_read_its_welcome_changes_nothing(registry: Registry) -> None:
+    assert join(registry) is join(registry, now=20.0)
+
+
 def test_a_late_hello_means_that_work_was_dropped(registry: Registry) -> None:
     first = join(registry)
+    first.spoke = True
     again = join(registry, now=2.0)
     assert first.gone
     assert registry.all() == [again]

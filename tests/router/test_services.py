@@ -156,7 +156,7 @@ async def test_a_reply_of_just_the_size_is_taken(make: Make) -> None:
 @pytest.mark.parametrize("more", [{"limit_s": 0.05}, {"limit_s": 0.0}, {}])
 async def test_silence_ends_at_the_earlier_of_both_limits(make: Make, more: dict[str, float]) -> None:
     bench = await make(never, timeout_s=60 if more else 0.05)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         with pytest.raises(ServiceFailed, match="timeout"):
             await bench.call(**more)
 
@@ -167,12 +167,13 @@ async def test_nobody_listens(make: Make) -> None:
         await bench.call()
 
 
+@pytest.mark.slow
 async def test_only_so_many_calls_run_at_once_and_waiting_is_not_their_time(make: Make) -> None:
     async def slowly(payload: Any) -> bytes:
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.25)
         return http({"score": 1})
 
-    bench = await make(slowly, concurrency=2, timeout_s=0.3)
+    bench = await make(slowly, concurrency=2, timeout_s=1.0)
     told = await asyncio.gather(*(bench.call() for _ in range(9)))
     assert (len(told), bench.web.most_running) == (9, 2)
 
@@ -180,14 +181,14 @@ async def test_only_so_many_calls_run_at_once_and_waiting_is_not_their_time(make
 async def test_a_call_that_is_given_up_lets_the_next_one_in(make: Make) -> None:
     bench = await make(never, concurrency=1)
     task = asyncio.create_task(bench.call())
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while not bench.web.asked:
             await asyncio.sleep(0.005)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
         with pytest.raises(ServiceFailed, match="timeout"):
-            await bench.call(limit_s=0.1)
+            await bench.call(limit_s=0.5)
     assert (bench.counted("cancelled"), len(bench.web.asked)) == (1, 2)
 
 

@@ -73,5 +73,6 @@ def test_a_small_fleet_is_measured(tmp_path: Path) -> None:
     told = msgspec.json.decode(out.read_bytes())
     assert told["simulated"]
     assert sum(told["statuses"].values()) == 30
-    assert set(told["paths"]) == {"remote"}
+    free = [one for one in told["outcomes"] if not one["ask"]["deadline_s"]]  # a busy machine is late
+    assert {(one["status"], one["path"]) for one in free} == {(200, "remote")}
     assert told["router"]["cpu_s"] > 0

@@ -43,21 +43,29 @@ class Desk:
         return [message for message in self.sent if isinstance(message, kind)]
 
     async def until(self, kind: type[M], count: int = 1) -> M:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while len(self.of(kind)) < count:
                 self._sent.clear()
                 await self._sent.wait()
         return self.of(kind)[count - 1]
 
     def decode(self, ref: int, text: str, *, n: int = 4, **fields: Any) -> None:
-        given = {"mode": "samples", "deadline_s": 5.0, **fields}
+        given = {"mode": "samples", "deadline_s": 60.0, **fields}
         body = {"prompt": text, "n": n, "max_tokens": 4000, "seed": 1}
         data = msgspec.json.encode(body)
         self.service.start(wire.Decode(ref, "/v1/completions", data, f"r{ref}", **given))
 
     async def running(self, count: int) -> None:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while len(self.worker.engine.scheduler.running) != count:
+                await asyncio.sleep(0)
+
+    async def steps(self, count: int) -> None:
+        """Let the engine make this many steps."""
+        engine = self.worker.engine
+        until = engine.steps + count
+        async with asyncio.timeout(60):
+            while engine.steps < until:
                 await asyncio.sleep(0)
 
 
@@ -80,7 +88,7 @@ async def desk() -> AsyncIterator[Desk]:
 async def test_a_cancelled_sample_gives_its_blocks_back_at_once(desk: Desk) -> None:
     desk.decode(1, "[sim tokens=3000]")
     await desk.running(4)
-    await asyncio.sleep(0.05)
+    await desk.steps(3)
     before = desk.pool.free_blocks
     desk.service.cancel(wire.Cancel(1, (1, 2)))
     assert desk.pool.free_blocks > before
@@ -93,7 +101,7 @@ async def test_a_cancelled_sample_gives_its_blocks_back_at_once(desk: Desk) -> N
 async def test_a_cancelled_dispatch_is_answered_once_and_counts_its_tokens(desk: Desk) -> None:
     desk.decode(1, "[sim tokens=3000]")
     await desk.running(4)
-    await asyncio.sleep(0.05)
+    await desk.steps(3)
     desk.service.cancel(wire.Cancel(1))
     assert desk.pool.free_blocks == desk.pool.blocks
     done = desk.of(wire.GroupDone)

@@ -131,7 +131,6 @@ async def test_kept_samples_are_let_go_after_the_reply(fleet: Fleet, monkeypatch
     def late(worker: Any, message: wire.ToWorker) -> None:
         if isinstance(message, wire.Forget):
             held.append((worker, message))
-            asyncio.get_running_loop().call_later(0.3, send, worker, message)
         else:
             send(worker, message)
 
@@ -142,6 +141,8 @@ async def test_kept_samples_are_let_go_after_the_reply(fleet: Fleet, monkeypatch
     assert held
     assert stats["kept"]
     assert stats["free"] < stats["blocks"]
+    for one in held:
+        asyncio.get_running_loop().call_later(0.1, send, *one)
     await fleet.settled()
 
 
@@ -189,7 +190,7 @@ async def test_staging_that_is_full_makes_prompts_wait(fleet: Fleet) -> None:
 
 
 async def test_a_decided_vote_cancels_the_rest(fleet: Fleet) -> None:
-    await fleet.pairs()
+    await fleet.pairs(sim_time_scale=1.0)
     body = ask("[sim answer=7 accuracy=1]", seed=2, reasoning={"strategy": "self_consistency", "n": 12})
     report = (await fleet.stand.post(CHAT, body)).json()["reasoning"]
     assert report["stopped_early"] == "decided"
@@ -237,7 +238,7 @@ async def test_a_decode_worker_killed_before_its_answer_is_replaced_unseen(fleet
 
 
 async def test_a_deadline_ends_a_request_and_frees_its_blocks(make_fleet: Any) -> None:
-    fleet: Fleet = await make_fleet(request_timeout_s=0.5)
+    fleet: Fleet = await make_fleet(request_timeout_s=1.0)
     await fleet.pairs()
     reply = await fleet.stand.post(CHAT, ask("[sim tokens=8000]", n=4, ignore_eos=True, max_tokens=8000))
     assert reply.status_code == 504
@@ -247,7 +248,7 @@ async def test_a_worker_that_drains_ends_what_it_has(fleet: Fleet) -> None:
     _, d0 = await fleet.pairs()
     request = asyncio.create_task(fleet.stand.post(CHAT, ask("[sim tokens=200]")))
     await fleet.until(lambda: bool(d0.engine.scheduler.running))
-    await d0.drain(5)
+    await d0.drain(60)
     assert (await request).status_code == 200
     assert (await fleet.stand.post(CHAT, ask())).status_code == 503
 

@@ -78,6 +78,15 @@ class System:
         text = (await self.client.get(http + "/metrics")).text
         return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(name))
 
+    async def grown(self, worker: str, name: str, before: float, by: float) -> float:
+        """What a counter has grown by, once that is ``by`` or more: a worker counts just after it answers."""
+
+        async def there() -> bool:
+            return await self.metric(worker, name) >= before + by
+
+        await self.until(there)
+        return await self.metric(worker, name) - before
+
     async def until(self, holds: Any, limit_s: float = SETTLE_S) -> float:
         """Wait until ``await holds()`` is true; returns the seconds it took."""
         started = time.monotonic()

@@ -74,6 +74,7 @@ async def test_verifications_compute_their_own_new_tokens_only(system: System, o
 async def _spent(system: System, prompt: str) -> tuple[float, httpx.Response]:
     before = await computed(system)
     reply = await verify(system, prompt)
+    await system.settled()
     return await computed(system) - before, reply
 
 

@@ -20,14 +20,13 @@ def body(tokens: int, seed: int, **fields: object) -> dict[str, object]:
 
 
 async def test_samples_that_wait_for_seats_cost_no_transfer_and_one_prompt_token(system: System) -> None:
-    async def computed() -> float:
-        return await system.metric("decode-0", "vllm:request_prefill_kv_computed_tokens_sum")
+    computed = "vllm:request_prefill_kv_computed_tokens_sum"
 
     async def waits() -> bool:
         return await system.metric("decode-0", "braid_seats_waiting") > 0
 
     async with system.only("decode-0"):
-        before = await computed()
+        before = await system.metric("decode-0", computed)
         single = asyncio.create_task(system.client.post(COMPLETIONS, json=body(40, 1, max_tokens=1500)))
         await system.until(lambda: _held(system))
         options = {"strategy": "rollouts", "n": 128}
@@ -40,7 +39,7 @@ async def test_samples_that_wait_for_seats_cost_no_transfer_and_one_prompt_token
         assert reply["braid"]["kv_transfers"] == 1
         await single
         # One token of the group's prompt a sample, and one of the single request's.
-        assert await computed() - before == 128 + 1
+        assert await system.grown("decode-0", computed, before, 128 + 1) == 128 + 1
 
 
 async def _held(system: System) -> bool:

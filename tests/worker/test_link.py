@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
@@ -15,6 +15,7 @@ import zmq.asyncio
 from braid import wire
 from braid.log import GROUP
 from braid.worker.link import WorkerLink, keep_calling
+from tests.kvtransfer.proxy import Proxy
 
 DEADLINE_S = 60.0
 HEARTBEAT_S = 0.05
@@ -103,13 +104,22 @@ async def router() -> AsyncIterator[ScriptedRouter]:
 
 
 @pytest.fixture
+def proxy(router: ScriptedRouter) -> Iterator[Proxy]:
+    proxy = Proxy(router.endpoint)
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture
 def service() -> Recorder:
     return Recorder()
 
 
 @asynccontextmanager
-async def running(router: ScriptedRouter, service: Recorder, misses: int) -> AsyncIterator[WorkerLink]:
-    link = WorkerLink(router.endpoint, HELLO, service, heartbeat_s=HEARTBEAT_S, misses=misses)
+async def running(
+    endpoint: str, service: Recorder, misses: int = 10**6, hang_s: float = 10**6
+) -> AsyncIterator[WorkerLink]:
+    link = WorkerLink(endpoint, HELLO, service, heartbeat_s=HEARTBEAT_S, misses=misses, hang_s=hang_s)
     task = asyncio.create_task(link.run())
     yield link
     task.cancel()
@@ -121,7 +131,7 @@ async def running(router: ScriptedRouter, service: Recorder, misses: int) -> Asy
 @pytest.fixture
 async def link(router: ScriptedRouter, service: Recorder) -> AsyncIterator[WorkerLink]:
     """A link that never gives its router up."""
-    async with running(router, service, 10**6) as link:
+    async with running(router.endpoint, service) as link:
         yield link
 
 
@@ -203,16 +213,48 @@ async def test_malformed_frames_are_dropped_and_the_rest_is_heard(
     await router.expect(wire.Beat)
 
 
-async def test_a_silent_router_stops_all_work_and_is_greeted_again(
+async def test_a_router_that_hangs_stops_all_work_and_is_greeted_again(
     router: ScriptedRouter, service: Recorder
 ) -> None:
-    async with running(router, service, misses=2) as link:
+    """Its connection lives all the time."""
+    async with running(router.endpoint, service, hang_s=2 * HEARTBEAT_S) as link:
         await router.expect(wire.Hello)
         await router.say(wire.Welcome(1, HEARTBEAT_S))
         assert await service.next() == "router_gone"
         assert not link.registered
         await router.expect(wire.Hello)
         assert service.calls.empty(), "the work is stopped once"
+
+
+async def test_a_router_that_is_gone_stops_all_work(
+    link: WorkerLink, router: ScriptedRouter, service: Recorder
+) -> None:
+    await router.welcome()
+    router.close()
+    assert await service.next() == "router_gone"
+    assert not link.registered
+
+
+async def test_a_router_that_is_cut_off_stops_all_work_and_is_greeted_once_it_is_back(
+    router: ScriptedRouter, service: Recorder, proxy: Proxy
+) -> None:
+    """The connection stays open, and nothing comes."""
+    async with running(proxy.endpoint, service, misses=4):
+        await router.welcome()
+        proxy.faults.blackhole = True
+        assert await service.next() == "router_gone"
+        proxy.faults.blackhole = False
+        proxy.reset()
+        await router.welcome()
+
+
+async def test_a_router_whose_loop_is_busy_is_not_given_up(router: ScriptedRouter, service: Recorder) -> None:
+    async with running(router.endpoint, service, misses=2) as link:
+        await router.welcome()
+        for _ in range(20):  # beats come, pings don't
+            await router.expect(wire.Beat)
+        assert link.registered
+        assert service.calls.empty()
 
 
 async def test_a_restarted_router_stops_the_work_of_the_old_one(

@@ -47,6 +47,23 @@ async def test_each_call_gets_what_the_ones_before_left() -> None:
     assert answer.report["tokens"] == 40
 
 
+async def test_a_long_sample_may_use_what_a_short_one_leaves() -> None:
+    """A share of 15 for each would cut an answer that fits."""
+    sampler = Scripted([sample(0, "The answer is 4.", tokens=8), sample(1, "The answer is 4.", tokens=22)])
+    answer, _ = await ask("best_of_n", sampler, n=2, budget_tokens=30)
+    assert limits(sampler) == [30]
+    assert (answer.report["stopped_early"], answer.report["tokens"]) == (None, 30)
+
+
+async def test_samples_side_by_side_cost_at_most_the_rest_of_the_budget_each() -> None:
+    """The draw that goes over is the last one."""
+    drawn = [sample(i, f"The answer is {i}.", tokens=20, finish_reason="length") for i in range(6)]
+    sampler = Scripted(drawn)
+    answer, _ = await ask("adaptive_consistency", sampler, n=6, wave=3, budget_tokens=20)
+    assert limits(sampler) == [20]
+    assert (answer.report["stopped_early"], answer.report["tokens"]) == ("budget_tokens", 3 * 20)
+
+
 async def test_waves_inside_a_budget_have_one_prompt() -> None:
     drawn = [sample(i, f"The answer is {i % 3}.", tokens=10) for i in range(6)]
     sampler = Scripted(drawn)

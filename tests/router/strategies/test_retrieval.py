@@ -171,7 +171,7 @@ async def test_a_failing_retriever_is_said_or_fails_the_request() -> None:
 async def test_the_deadline_is_of_both() -> None:
     with pytest.raises(DeadlineExceeded):
         await ask("retrieval", over(Shelf(slow=True), "x"), deadline_s=0.05)
-    answer, _ = await ask("retrieval", over(Shelf(BOOKS), "x"), deadline_s=5)
+    answer, _ = await ask("retrieval", over(Shelf(BOOKS), "x"), deadline_s=60)
     assert answer.report["stopped_early"] is None
 
 

@@ -148,7 +148,7 @@ async def test_a_budget_hit_inside_verification_counts_what_ended() -> None:
 
 async def test_a_deadline_inside_verification_gives_the_best_so_far() -> None:
     sampler = Scripted(verified(0.3, 0.9, 0.8), hang_from=4)
-    answer, _ = await ask("genrm", sampler, n=3, k=1, deadline_s=0.2)
+    answer, _ = await ask("genrm", sampler, n=3, k=1, deadline_s=0.5)
     assert (answer.report["stopped_early"], answer.report["chosen"]) == ("deadline", 0)
     assert answer.report["samples_cancelled"] == 2
 

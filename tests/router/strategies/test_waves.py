@@ -195,7 +195,7 @@ async def test_a_budget_spent_by_a_whole_wave_draws_no_other() -> None:
 
 async def test_the_deadline_is_of_all_waves() -> None:
     sampler = Scripted(all_say(*[4, 5, 6, 7, 8] * 8), hang_from=7)
-    answer, _ = await ask("early_stopping_consistency", sampler, deadline_s=0.05)
+    answer, _ = await ask("early_stopping_consistency", sampler, deadline_s=0.5)
     assert answer.report["stopped_early"] == "deadline"
     states = [one["state"] for one in answer.report["samples"]]
     assert states == ["finished"] * 7 + ["stopped_early"] * 3

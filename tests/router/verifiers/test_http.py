@@ -81,7 +81,7 @@ async def test_its_words_are_the_reason(make: Make) -> None:
 async def test_the_runs_deadline_bounds_the_call(make: Make) -> None:
     verifier, _ = await make(never, timeout_s=60)
     run = run_of(Scripted([sample(0)]), ManyOptions(n=1, deadline_s=0.1))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         assert await scores(verifier, ["a", "b"], run) == [None, None]
     assert run.left_s == 0
 
