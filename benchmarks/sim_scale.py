@@ -4,9 +4,9 @@
 
 starts a router process and a process with 8 prefill and 64 decode workers, all simulated, sends 1,000 groups
 of mixed widths and lengths, and reports what clients saw, how the work was spread, how deadlines were kept,
-and what the router cost. What it measures of the router is real; every engine time is modelled and every
-answer made up, and the result says so (`"simulated": true`). Figures hold only while the simulation keeps
-pace: `lag_s` and `lost_s` tell.
+and what the router cost; then the single requests among them once more on a fresh fleet, alone. What it
+measures of the router is real; every engine time is modelled and every answer made up, and the result says so
+(`"simulated": true`). Figures hold only while the simulation keeps pace: `lag_s` and `lost_s` tell.
 """
 
 from __future__ import annotations
@@ -224,9 +224,34 @@ def stand(options: argparse.Namespace) -> Iterator[Stand]:
             running.stop()
 
 
+def singles(asks: Sequence[Ask]) -> list[Ask]:
+    """The single requests, at the times that they have among the others."""
+    return [ask for ask in asks if ask.n == 1]
+
+
+def fairness(together: Sequence[Outcome], alone: Sequence[Outcome]) -> dict[str, Any]:
+    """What single requests without a deadline wait longer for the groups beside them."""
+    found: dict[str, Any] = {}
+    for name, outcomes in (("alone", alone), ("together", together)):
+        taken = sorted(
+            o.seconds for o in outcomes if o.ask.n == 1 and not o.ask.deadline_s and o.status == 200
+        )
+        found[name] = {**summary(taken), "p99": percentile(taken, 0.99)}
+    ratios = {f"{q}_ratio": found["together"][q] / found["alone"][q] for q in ("p50", "p99")}
+    return found | ratios
+
+
 async def run(options: argparse.Namespace) -> dict[str, Any]:
     """The whole benchmark; returns its result."""
     asks = plan(options.groups, options.rate, options.seed)
+    outcomes, measured = await pass_of(options, asks)
+    alone, _ = await pass_of(options, singles(asks))
+    found = result(options, outcomes, *measured)
+    return found | {"fairness": fairness(outcomes, alone)}
+
+
+async def pass_of(options: argparse.Namespace, asks: Sequence[Ask]) -> tuple[list[Outcome], Any]:
+    """All of ``asks`` on a fresh fleet: what their clients saw, and what else :func:`result` takes."""
     with stand(options) as running:
         url = running.url()
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
@@ -239,9 +264,8 @@ async def run(options: argparse.Namespace) -> dict[str, Any]:
             cpu = running.router.cpu_s() - before[0], running.sim.cpu_s() - before[1]
             after = await counters(client)
         pace = await _pace(state["workers"][0]["http"])
-    return result(
-        options, outcomes, wall, cpu, {k: v - before[2].get(k, 0.0) for k, v in after.items()}, pace
-    )
+    counted = {name: value - before[2].get(name, 0.0) for name, value in after.items()}
+    return outcomes, (wall, cpu, counted, pace)
 
 
 async def counters(client: httpx.AsyncClient) -> dict[str, float]:

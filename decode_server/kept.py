@@ -15,8 +15,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from kvtransfer.plan import num_blocks
-
 KEEP_S = 60.0
 """Seconds that a kept sample is held without being used."""
 
@@ -44,12 +42,13 @@ class KeptSamples:
 
     Args:
         capacity: most blocks that they may hold together; the longest unused go first.
+        blocks_of: how many a sequence of so many tokens holds, of all cache groups.
         release: see :data:`Release`; also for names that were never added.
     """
 
-    def __init__(self, capacity: int, block_size: int, release: Release) -> None:
+    def __init__(self, capacity: int, blocks_of: Callable[[int], int], release: Release) -> None:
         self._capacity = capacity
-        self._block_size = block_size
+        self._blocks_of = blocks_of
         self.release = release
         self._kept: OrderedDict[str, _Kept] = OrderedDict()
         self.blocks = 0
@@ -64,7 +63,7 @@ class KeptSamples:
         """
         self.forget(name)
         timer = asyncio.get_running_loop().call_later(KEEP_S, self.forget, name)
-        self._kept[name] = _Kept(tokens, num_blocks(len(tokens), self._block_size), timer)
+        self._kept[name] = _Kept(tokens, self._blocks_of(len(tokens)), timer)
         self.blocks += self._kept[name].blocks
         while self.blocks > self._capacity:
             self.forget(next(iter(self._kept)))

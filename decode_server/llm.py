@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import contextvars
 import copy
+import functools
 from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from braid import wire
@@ -23,6 +25,8 @@ from braid.worker.source import Source
 from decode_server import beams
 from decode_server.confidence import Confidence
 from decode_server.kept import KeptSamples, splice
+from decode_server.logprobs import lighten
+from decode_server.pieces import Pieces
 from decode_server.prefix import Held, Prefixes
 from decode_server.seeds import sample_seed
 from decode_server.verdicts import probability
@@ -48,6 +52,7 @@ class Job:
         generated: tokens generated so far, by sample number, also of cancelled samples.
         watch: what is measured of the samples, None if nothing is.
         confidence: what it gave, by sample number.
+        unspelled: nobody is told the tokens of the samples' log-probabilities.
         beams: engine request ids of the running steps of a beam search; None if it is none.
         priority: the engine's own, 0 where it knows none.
         pace: of the worker; its samples are measured by it.
@@ -69,6 +74,7 @@ class Job:
     generated: dict[int, int] = field(default_factory=dict)
     watch: wire.Watch | wire.Verdict | None = None
     confidence: dict[int, float] = field(default_factory=dict)
+    unspelled: bool = False
     beams: set[str] | None = None
     priority: int = 0
     prompt_tokens: int = 0
@@ -113,6 +119,19 @@ class DecodeLLM(AsyncLLM):
     vLLM's own children of an ``n`` request can't be cancelled one by one and derive adjacent seeds.
     """
 
+    @functools.cached_property
+    def pieces(self) -> Pieces:
+        """The text of the model's tokens."""
+        tokenizer = self.renderer.tokenizer
+        return Pieces(lambda token: convert_ids_list_to_tokens(tokenizer, [token])[0], tokenizer.decode)
+
+    async def _add_request(self, request: Any, *args: Any, **options: Any) -> None:
+        """vLLM's own, then the log-probabilities of a sample are not spelled out if only we read them."""
+        await super()._add_request(request, *args, **options)
+        job, state = JOB.get(), self.output_processor.request_states.get(request.request_id)
+        if job is not None and job.unspelled and state is not None:
+            lighten(state, sum_only=job.watch is None)
+
     async def generate(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **options: Any
     ) -> AsyncGenerator[RequestOutput, None]:
@@ -128,7 +147,7 @@ class DecodeLLM(AsyncLLM):
         part, job.parts = job.parts, job.parts + 1
         if job.after:
             prompt = self._continued(job, prompt)
-        held = await self._acquire(job, part, prompt, sampling_params, options)
+        held = await self._acquire(job, part, prompt, sampling_params, request_id, options)
         try:
             run = _Samples(self, job, part, held, prompt, sampling_params, request_id, options)
             async with contextlib.aclosing(run.outputs()) as outputs:
@@ -143,7 +162,7 @@ class DecodeLLM(AsyncLLM):
         """One token of one beam. The first step is of the bare prompt, alone, and imports it; the service
         releases it with the dispatch."""
         if not job.held:
-            await self._acquire(job, 0, prompt, params, options)
+            await self._acquire(job, 0, prompt, params, request_id, options)
             job.prompt_tokens = len(prompt.get("prompt_token_ids") or ())
             job.cached_tokens = job.held[0].cached
         assert job.beams is not None
@@ -172,15 +191,42 @@ class DecodeLLM(AsyncLLM):
         return {**prompt, "prompt_token_ids": own}
 
     async def _acquire(
-        self, job: Job, part: int, prompt: Any, params: SamplingParams, options: dict[str, Any]
+        self,
+        job: Job,
+        part: int,
+        prompt: Any,
+        params: SamplingParams,
+        request_id: str,
+        options: dict[str, Any],
     ) -> Held:
         shared = shareable(prompt, options.get("lora_request"))
         if shared is None or params.prompt_logprobs is not None or shared.adapter:
             held = Held(None, wire.KvRecord("local", reason="unshareable"))
         else:
             held = await job.prefixes.acquire(shared, part, job.source)
+            if held.name is None and not job.after and job.beams is None:
+                held = await job.prefixes.computed(
+                    shared, params.n, held.record, lambda name: self._lead(job, prompt, request_id, name)
+                )
         job.held.append(held)
         return held
+
+    async def _lead(self, job: Job, prompt: Any, request_id: str, name: str) -> int:
+        """Run a prompt for one token, in a seat, and keep it; how many of its tokens were cached."""
+        params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
+        params.output_kind = RequestOutputKind.FINAL_ONLY
+        params.extra_args = {"kv_transfer_params": {KEEP: name}}
+        flow = DispatchFlow(group=job.flow.group, priority=job.flow.priority, most=1)
+        taken: list[Seat] = []
+        cached = 0
+        try:
+            await job.seats.sit(flow, taken.append)
+            async for output in self.plain(prompt, params, f"{request_id}-lead", priority=job.priority):
+                cached = output.num_cached_tokens or 0
+        finally:
+            for seat in taken:
+                job.seats.leave(seat, 1)
+        return cached
 
     def plain(self, *args: Any, **options: Any) -> AsyncGenerator[RequestOutput, None]:
         """vLLM's own ``generate``."""
@@ -211,6 +257,7 @@ class _Samples:
         self._options = {**options, "priority": job.priority} if job.priority else options
         self._base = job.first + part * params.n
         job.flow.most = params.max_tokens
+        job.unspelled = params.logprobs is None and job.on_sample is not None
         self._queue: asyncio.Queue[RequestOutput | BaseException | None] = asyncio.Queue()
 
     async def outputs(self) -> AsyncGenerator[RequestOutput, None]:
@@ -279,7 +326,7 @@ class _Samples:
     def _measured(self, number: int, watched: Confidence | None, last: RequestOutput | None) -> None:
         watch, told = self._job.watch, watched.lowest if watched else None
         if isinstance(watch, wire.Verdict) and last is not None:
-            told = probability(last.outputs[0], watch)
+            told = probability(last.outputs[0], watch, self._llm.pieces)
         if told is not None:
             self._job.confidence[number] = told
 

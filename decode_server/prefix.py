@@ -11,7 +11,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ _RETRY_S = 0.02
 
 @dataclass(slots=True)
 class Held:
-    """A prompt's place in the cache. ``name`` is the import's, None if the samples compute it; ``cached``:
+    """A prompt's place in the cache. ``name`` is the import's, None if each sample computes it; ``cached``:
     tokens of it that were there before."""
 
     name: str | None
@@ -44,8 +44,8 @@ class Prefixes:
     """Imports of a decode worker.
 
     At most ``capacity`` blocks are held by imports at a time; more wait, first come first served, so that
-    samples that run always find blocks (:mod:`decode_server.room`). ``acquire`` and ``release``
-    pair up; a cancelled ``acquire`` has released what it took.
+    samples that run always find blocks (:mod:`decode_server.room`). ``acquire`` or ``computed`` and
+    ``release`` pair up; a cancelled one has released what it took.
     """
 
     def __init__(self, engine: Engine, capacity: int, load_timeout_s: float) -> None:
@@ -73,7 +73,7 @@ class Prefixes:
         """
         if source.ticket is None:
             return Held(None, wire.KvRecord("local", reason=source.reason or "no_ticket"))
-        blocks = self._blocks(len(prompt.tokens))
+        blocks = self.blocks_of(len(prompt.tokens))
         if blocks > self._capacity:
             return Held(None, wire.KvRecord("local", reason="too_large"))
         name = f"i{next(self._names)}"
@@ -93,8 +93,33 @@ class Prefixes:
         self.release(held)
         return Held(None, held.record)
 
+    async def computed(
+        self, prompt: Prompt, n: int, record: wire.KvRecord, compute: Callable[[str], Awaitable[int]]
+    ) -> Held:
+        """Have a prompt that was not imported computed once, before its ``n`` samples fork from it.
+
+        Samples that are submitted together would each compute it, and later ones its tail. Where all of them
+        fit into one step of the engine, a step more would gain nothing; then, and where there is no room to
+        hold it, the samples compute it.
+
+        Args:
+            compute: runs the prompt and has the engine keep it by the name given; returns how many of its
+                tokens were in the cache. What it raises is raised.
+        """
+        blocks = self.blocks_of(len(prompt.tokens) + 1)
+        if n * len(prompt.tokens) <= self._engine.chunk or n == 1 or blocks > self._capacity:
+            return Held(None, record)
+        held = Held(f"i{next(self._names)}", record, blocks)
+        await self._take(blocks)
+        try:
+            held.cached = await compute(held.name or "")
+        except BaseException:
+            self.release(held)
+            raise
+        return held
+
     def release(self, held: Held) -> None:
-        """Give back what ``acquire`` took, once its samples have ended. Idempotent."""
+        """Give back what was taken, once its samples have ended. Idempotent."""
         if held.name is None:
             return
         name, held.name = held.name, None
@@ -109,8 +134,8 @@ class Prefixes:
         self._releases.add(task)
         task.add_done_callback(self._releases.discard)
 
-    def _blocks(self, tokens: int) -> int:
-        """Pool blocks of an import, of all groups."""
+    def blocks_of(self, tokens: int) -> int:
+        """Pool blocks that a prefix of so many tokens holds, of all groups."""
         engine = self._engine
         return sum(len(needed_blocks(tokens, group, engine.block_size)) for group in engine.groups)
 

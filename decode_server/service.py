@@ -56,7 +56,7 @@ class DecodeService:
         room = divide(engine.blocks, longest, settings.max_load_share, settings.max_kept_share)
         log.info("cache_room", extra={"blocks": engine.blocks, "imports": room.imports, "kept": room.kept})
         self._prefixes = Prefixes(engine, room.imports, settings.load_timeout_s)
-        self._kept = KeptSamples(room.kept, engine.block_size, self._prefixes.let_go)
+        self._kept = KeptSamples(room.kept, self._prefixes.blocks_of, self._prefixes.let_go)
         self._running: dict[int, _Dispatch] = {}
         self._counters = Counters(engine)
         self.seats = Seats(engine.slots, settings.width_of(engine.slots), settings.calm_s)

@@ -185,6 +185,7 @@ class Fanout:
             spread,
             local,
             self._by_cost,
+            not job.several,
         )
         self.reason = plan.reason
         self.shares = [Share(placed.worker, job.first + placed.first, placed.n) for placed in plan.shares]
@@ -278,7 +279,8 @@ class Fanout:
         return self.job.prompts == 1 and self.job.local != "no_prompt"
 
     def _by_cost(self, workers: Sequence[Worker], n: int, local: bool) -> tuple[placement.Placed, ...]:
-        return self.cluster.estimates.divide(self.job.model, self.job.body, workers, n, local)
+        job = self.job
+        return self.cluster.estimates.divide(job.model, job.body, workers, n, local, not job.several)
 
     def _watch(self, worker: Worker) -> None:
         worker.watchers.add(self._inbox.gone)
@@ -312,7 +314,8 @@ class Fanout:
         share.heard = now
         if self._divisible and self.cluster.settings.spread == "auto":
             self.cluster.estimates.prefixes.note(self.job.body, share.worker.hello.epoch)
-        share.dispatch = self.cluster.link.open(share.worker, share.n * self.job.prompts, self._inbox, share)
+        cost, single = share.n * self.job.prompts, not self.job.several
+        share.dispatch = self.cluster.link.open(share.worker, cost, self._inbox, share, single)
         self._watch(share.worker)
         share.span = self.job.trace.begin(
             "decode", worker=share.worker.name, first=share.first, n=share.n, moved=share.moved
@@ -462,8 +465,9 @@ class Fanout:
         share.span.end(reason)
         share.moved = True
         self.cluster.metrics.retries.labels("decode", reason).inc()
+        usable, single = self.cluster.pairs.usable, not self.job.several
         plan = placement.place(
-            others, self._prefillers(), self.cluster.pairs.usable, share.n, "pack", self.job.local
+            others, self._prefillers(), usable, share.n, "pack", self.job.local, single=single
         )
         share.worker, share.prefill = plan.shares[0].worker, None
         self.reason = plan.reason

@@ -58,11 +58,17 @@ class Estimates:
             learned.char_bytes += NEW * (whole / chars - learned.char_bytes)
 
     def divide(
-        self, model: str, body: Mapping[str, Any], workers: Sequence[Worker], n: int, local: bool
+        self,
+        model: str,
+        body: Mapping[str, Any],
+        workers: Sequence[Worker],
+        n: int,
+        local: bool,
+        single: bool = False,
     ) -> tuple[Placed, ...]:
         """Consecutive shares of ``n`` samples of ``body`` over ``workers`` (at least one). ``local``: each
-        computes the prompt itself."""
-        workers = by_load(workers)
+        computes the prompt itself. ``single``: it is no group's, so samples that wait are not before it."""
+        workers = by_load(workers, single)
         learned = self._models.get(model, Learned())
         known, chars = self.prefixes.known(body), prompt_chars(body)
         whole_s = chars * (PREFILL_CHAR_S if local else learned.char_bytes / self._bandwidth)
@@ -70,7 +76,13 @@ class Estimates:
         steps = _steps(workers)
         stations = [
             _station(
-                worker, steps, whole_s * (1 - known.get(worker.hello.epoch, 0.0)), learned, chars, tokens
+                worker,
+                worker.crowd if single else worker.inflight,
+                steps,
+                whole_s * (1 - known.get(worker.hello.epoch, 0.0)),
+                learned,
+                chars,
+                tokens,
             )
             for worker in workers
         ]
@@ -103,16 +115,22 @@ def _steps(workers: Sequence[Worker]) -> Steps:
 
 
 def _station(
-    worker: Worker, steps: Steps, missing_s: float, learned: Learned, chars: int, tokens: float
+    worker: Worker,
+    width: int,
+    steps: Steps,
+    missing_s: float,
+    learned: Learned,
+    chars: int,
+    tokens: float,
 ) -> cost.Station:
     hello, beat = worker.hello, worker.beat
-    room = hello.slots - worker.inflight
+    room = hello.slots - width
     if beat.free_blocks is not None:
         left = beat.free_blocks - math.ceil(chars * learned.char_tokens / hello.block_size)
         room = min(room, int(left // math.ceil(1 + tokens / hello.block_size)))
     base, seq, token = _measured(beat) or steps
     seq += token * (chars * learned.char_tokens + tokens / 2)
-    return cost.Station(room, worker.inflight, base, seq, missing_s + SHARE_S if missing_s > 0 else 0.0)
+    return cost.Station(room, width, base, seq, missing_s + SHARE_S if missing_s > 0 else 0.0)
 
 
 def _most(body: Mapping[str, Any]) -> float:

@@ -196,11 +196,12 @@ class Link:
             self._flushing = True
             self._loop.call_soon(self._flush)
 
-    def open(self, worker: Worker, cost: int, inbox: Inbox, owner: Any) -> Dispatch:
+    def open(self, worker: Worker, cost: int, inbox: Inbox, owner: Any, single: bool = False) -> Dispatch:
         """Enter a dispatch into the table and count ``cost`` slots of its worker until it ends."""
         dispatch = Dispatch(next(self._refs), worker, cost, inbox, owner)
         self._table[dispatch.ref] = dispatch
         worker.inflight += cost
+        worker.newcomers += single
         return dispatch
 
     def abandon(self, dispatch: Dispatch) -> None:
@@ -273,7 +274,7 @@ class Link:
             return
         worker.seen, worker.spoke = time.monotonic(), True
         if isinstance(message, wire.Beat):
-            worker.beat = message
+            worker.beat, worker.newcomers = message, 0
         elif isinstance(message, wire.Bye):
             worker.draining = True
             log.info("worker drains", extra={"worker": worker.name})

@@ -6,6 +6,7 @@ import asyncio
 import logging
 
 from braid import log as braid_log
+from braid.heap import freeze_heap
 from braid.http import listen
 from braid.settings import RouterSettings
 from braid.signals import stop_on_signal
@@ -35,6 +36,7 @@ async def serve(settings: RouterSettings) -> int:
         await app.start()
         stop = stop_on_signal(1)
         server = make_server(app)
+        freeze_heap()
         serving = asyncio.create_task(server.serve(sockets=[sock]))
         host, port = sock.getsockname()[:2]
         if settings.port_file is not None:

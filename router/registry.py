@@ -31,6 +31,7 @@ class Worker:
         seen: monotonic time of its last message.
         since: monotonic time of its registration.
         inflight: samples (decode) or prompts (prefill) that the router sent it and that have not ended.
+        newcomers: single requests that it was sent since its last heartbeat.
         spoke: it has said something since it was registered.
         quiet: it is connected, and has said nothing for some heartbeats.
         watchers: told once when it is gone.
@@ -44,6 +45,7 @@ class Worker:
     draining: bool = False
     gone: bool = False
     inflight: int = 0
+    newcomers: int = 0
     spoke: bool = False
     quiet: bool = False
     watchers: set[Watcher] = field(default_factory=set)
@@ -71,6 +73,13 @@ class Worker:
     def load(self) -> float:
         """Work in flight per slot."""
         return self.inflight / self.hello.slots
+
+    @property
+    def crowd(self) -> int:
+        """Sequences that a single request would share its steps with: those that ran at the last heartbeat,
+        and the single requests since. Samples of groups are not among these: beside single requests, few of
+        them are let in at a time."""
+        return self.beat.running + self.newcomers
 
 
 class Registry:

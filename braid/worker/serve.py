@@ -15,6 +15,7 @@ from fastapi import FastAPI, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from braid import wire
+from braid.heap import freeze_heap
 from braid.http import Server, listen
 from braid.log import configure
 from braid.settings import DecodeSettings, PrefillSettings
@@ -107,6 +108,7 @@ class _Worker:
             keys_dir=self._settings.keys_dir,
         )
         server = _http_server(_app(engine, service, link))
+        freeze_heap()
         tasks = [
             asyncio.create_task(link.run()),
             asyncio.create_task(server.serve(sockets=[listener])),

@@ -30,6 +30,7 @@ from vllm.distributed.parallel_state import (
 )
 from vllm.platforms import current_platform
 
+from braid.heap import freeze_heap
 from braid.log import configure
 from kvtransfer import wire
 from kvtransfer.adapter import TESTED
@@ -153,6 +154,8 @@ class BraidConnector(KVConnectorBase_V1, SupportsHMA):
         )
         ours = self.groups[0].block_size if self.sliceable else 0
         self._worker = WorkerSide(self.options, groups, ours)
+        if current_platform.is_cpu():
+            freeze_heap()  # as vLLM does on GPUs
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         meta = self._connector_metadata

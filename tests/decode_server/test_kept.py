@@ -10,8 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from decode_server.kept import KEEP_S, KeptSamples, splice
+from kvtransfer.plan import num_blocks
 
 BLOCK = 4
+
+
+def blocks_of(tokens: int) -> int:
+    return num_blocks(tokens, BLOCK)
 
 
 class Words:
@@ -82,7 +87,7 @@ def test_a_spliced_prompt_spells_what_was_rendered_and_begins_with_the_sample(
 
 async def test_the_longest_unused_go_first_when_there_is_no_room() -> None:
     released: list[str] = []
-    kept = KeptSamples(6, BLOCK, released.append)
+    kept = KeptSamples(6, blocks_of, released.append)
     kept.add("a", [0] * 8)
     kept.add("b", [1] * 9)
     assert kept.tokens("a") == [0] * 8
@@ -98,7 +103,7 @@ async def test_the_longest_unused_go_first_when_there_is_no_room() -> None:
 
 async def test_letting_go_twice_releases_once() -> None:
     released: list[str] = []
-    kept = KeptSamples(6, BLOCK, released.append)
+    kept = KeptSamples(6, blocks_of, released.append)
     kept.add("a", [0])
     kept.add("b", [0])
     kept.forget("a")
@@ -114,7 +119,7 @@ async def test_a_sample_is_let_go_when_it_has_not_been_used_for_a_while(
     real = loop.time
     monkeypatch.setattr(loop, "time", lambda: real() + passed)
     gone = asyncio.Event()
-    kept = KeptSamples(6, BLOCK, lambda name: gone.set())
+    kept = KeptSamples(6, blocks_of, lambda name: gone.set())
     kept.add("a", [0])
     for _ in range(3):
         passed += 0.6 * KEEP_S

@@ -95,6 +95,61 @@ async def test_without_a_ticket_nothing_is_taken(engine: FakeEngine, prefixes: P
     assert engine.journal == []
 
 
+LOCAL = wire.KvRecord("local", reason="no_prefill")
+
+
+async def test_a_prompt_of_several_samples_is_computed_once(engine: FakeEngine, prefixes: Prefixes) -> None:
+    async def compute(name: str) -> int:
+        engine.journal.append(f"compute {name}")
+        assert prefixes.held_blocks == 4  # room for the token that it ends with
+        return BLOCK_SIZE
+
+    size = len(prompt(4).tokens)
+    assert 2 * size > engine.chunk
+    held = await prefixes.computed(prompt(4), 2, LOCAL, compute)
+    assert (held.name, held.record, held.cached) == ("i0", LOCAL, BLOCK_SIZE)
+    prefixes.release(held)
+    await until(lambda: prefixes.idle)
+    assert engine.journal == ["compute i0", "release i0"]
+
+
+@pytest.mark.parametrize(("blocks", "n"), [(4, 1), (2, 2), (10, 2), (11, 2)])
+async def test_a_prompt_is_left_to_the_samples(
+    engine: FakeEngine, prefixes: Prefixes, blocks: int, n: int
+) -> None:
+    """One sample; all of them in one step; no room, as the token that it ends with takes a block more."""
+
+    async def compute(name: str) -> int:
+        raise AssertionError
+
+    given = Prompt(list(range(blocks * BLOCK_SIZE)), "", "")
+    assert (n * len(given.tokens) <= engine.chunk) == (blocks * n == 4)
+    held = await prefixes.computed(given, n, LOCAL, compute)
+    assert (held.name, held.record) == (None, LOCAL)
+    assert engine.journal == []
+
+
+async def test_a_prompt_that_cannot_be_computed_is_let_go(engine: FakeEngine, prefixes: Prefixes) -> None:
+    async def fail(name: str) -> int:
+        raise ValueError(name)
+
+    with pytest.raises(ValueError, match="i0"):
+        await prefixes.computed(prompt(4), 2, LOCAL, fail)
+    await until(lambda: prefixes.idle)
+    begun = asyncio.Event()
+
+    async def hang(name: str) -> int:
+        begun.set()
+        await asyncio.Event().wait()
+        return 0
+
+    task = asyncio.create_task(prefixes.computed(prompt(4), 2, LOCAL, hang))
+    await begun.wait()
+    await cancel(task)
+    await until(lambda: prefixes.idle)
+    assert engine.journal == ["release i0", "release i1"]
+
+
 async def test_a_prompt_over_the_budget_is_computed_here(engine: FakeEngine, prefixes: Prefixes) -> None:
     held = await prefixes.acquire(prompt(11), 0, Source(ticket(), ""))
     assert held.record.reason == "too_large"
@@ -314,3 +369,9 @@ async def test_a_change_that_meets_the_end_of_the_load_is_followed(
     held = await task
     assert held.record.path == "remote"
     prefixes.release(held)
+
+
+def test_a_prefix_is_counted_in_every_cache_group() -> None:
+    prefixes = make(FakeEngine(200, 5))
+    assert prefixes.blocks_of(16) == 4 + 2  # of the window of 5: blocks with the tokens 8 to 15
+    assert prefixes.blocks_of(17) == 5 + 2  # 12 to 16

@@ -77,7 +77,7 @@ class Run:
         self.params = SamplingParams(n=n, output_kind=kind, **params)
         self.reports: list[tuple[int, Any, str]] = []
         self.released: list[str] = []
-        self.kept = KeptSamples(100, BLOCK, self.released.append)
+        self.kept = KeptSamples(100, lambda tokens: tokens // BLOCK + 1, self.released.append)
         self.job = Job(Source(None, ""), SimpleNamespace(), self.kept, first, *open_seats())  # type: ignore[arg-type]
         if report:
             self.job.on_sample = lambda *what: self.reports.append(what)
@@ -301,6 +301,13 @@ async def test_what_has_been_reported_is_not_said_again_in_the_joint_output() ->
     ]
 
 
+@pytest.mark.parametrize(("report", "logprobs"), [(True, None), (True, 2), (False, None)])
+async def test_log_probabilities_that_nobody_asked_for_are_not_spelled(report: bool, logprobs: Any) -> None:
+    run = Run(ScriptedLLM(), 1, final=True, report=report, logprobs=logprobs)
+    await run.outputs()
+    assert run.job.unspelled == (report and logprobs is None)
+
+
 async def test_a_verdict_is_looked_for_in_the_final_output() -> None:
     from vllm.sampling_params import RequestOutputKind
 
@@ -332,8 +339,31 @@ class FakePrefixes:
         await self.gates.setdefault(part, asyncio.Event()).wait()
         return Held(f"i{part}", wire.KvRecord("remote"))
 
+    async def computed(self, prompt: Any, n: int, record: Any, compute: Any) -> Any:
+        from decode_server.prefix import Held
+
+        return Held(None, record)
+
     def release(self, held: Any) -> None:
         self.journal.append("released")
+
+
+class FakeLocal(FakePrefixes):
+    """Prefixes that no transfer brings: each sample computes them."""
+
+    async def acquire(self, prompt: Any, part: int, source: Any) -> Any:
+        from decode_server.prefix import Held
+
+        return Held(None, wire.KvRecord("local", reason=source.reason))
+
+
+class LocalPrefixes(FakeLocal):
+    """And here they are computed once before."""
+
+    async def computed(self, prompt: Any, n: int, record: Any, compute: Any) -> Any:
+        from decode_server.prefix import Held
+
+        return Held("i0", record, cached=await compute("i0"))
 
 
 @pytest.fixture
@@ -345,9 +375,10 @@ def generate() -> Callable[..., Any]:
     from decode_server.llm import JOB, DecodeLLM, Job
 
     def make(llm: Any, prefixes: FakePrefixes, prompts: int = 1, **params: Any) -> list[Any]:
-        kept = KeptSamples(100, BLOCK, lambda name: None)
+        kept = KeptSamples(100, lambda tokens: tokens // BLOCK + 1, lambda name: None)
         JOB.set(Job(Source(None, ""), prefixes, kept, 0, *open_seats()))  # type: ignore[arg-type]
         llm._acquire = lambda *args: DecodeLLM._acquire(llm, *args)
+        llm._lead = lambda *args: DecodeLLM._lead(llm, *args)
         fields = {"n": 2, "output_kind": RequestOutputKind.DELTA, **params}
         return [
             DecodeLLM.generate(
@@ -367,14 +398,6 @@ async def test_a_prompt_that_goes_on_is_written_with_the_samples_own_tokens(
 
     from braid.worker.source import Source
     from decode_server.llm import JOB, DecodeLLM, Job
-    from decode_server.prefix import Held
-
-    class Computed(FakePrefixes):
-        def __init__(self) -> None:
-            super().__init__([])
-
-        async def acquire(self, prompt: Any, part: int, source: Any) -> Any:
-            return Held(None, wire.KvRecord("local", reason=source.reason))
 
     class Letters:
         def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
@@ -393,10 +416,10 @@ async def test_a_prompt_that_goes_on_is_written_with_the_samples_own_tokens(
     llm.plain, llm.renderer = plain, SimpleNamespace(tokenizer=Letters())
     llm._continued = lambda *args: DecodeLLM._continued(llm, *args)
     llm._acquire = lambda *args: DecodeLLM._acquire(llm, *args)
-    kept = KeptSamples(100, BLOCK, lambda name: None)
+    kept = KeptSamples(100, lambda tokens: tokens // BLOCK + 1, lambda name: None)
     if there:
         kept.add("g-3", [ord("x"), 1])
-    JOB.set(Job(Source(None, "continued"), Computed(), kept, 0, *open_seats()))  # type: ignore[arg-type]
+    JOB.set(Job(Source(None, "continued"), FakeLocal([]), kept, 0, *open_seats()))  # type: ignore[arg-type]
     job = JOB.get()
     assert job is not None
     job.after = "g-3"
@@ -407,6 +430,24 @@ async def test_a_prompt_that_goes_on_is_written_with_the_samples_own_tokens(
     ((tokens, extra),) = prompts
     assert tokens == ([ord("x"), 1, ord("y")] if there else rendered["prompt_token_ids"])
     assert extra == ({"kv_transfer_params": {"braid": "g-3"}} if there else None)
+
+
+async def test_samples_fork_from_a_prompt_that_was_computed_for_them(generate: Callable[..., Any]) -> None:
+    from decode_server.llm import JOB
+
+    llm, prefixes = ScriptedLLM(), LocalPrefixes([])
+    (outputs,) = generate(llm, prefixes, n=3, temperature=1.0, max_tokens=9, seed=1)
+    job = JOB.get()
+    assert job is not None
+    last = [o async for o in outputs][-1]
+    lead, *samples = llm.asked.values()
+    assert list(llm.asked) == ["r0-lead", "r0-0", "r0-1", "r0-2"]
+    assert (lead.max_tokens, lead.n) == (1, 1)
+    assert lead.extra_args == {"kv_transfer_params": {"braid_keep": "i0"}}
+    assert [s.extra_args for s in samples] == [{"kv_transfer_params": {"braid": "i0"}}] * 3
+    assert last.num_cached_tokens == 8  # what the lead found, not what it left for the samples
+    assert prefixes.journal == ["released"]
+    job.seats.check_integrity(idle=True)
 
 
 async def test_prompts_of_a_body_keep_their_seeds_whichever_is_loaded_first(

@@ -9,17 +9,29 @@ from typing import Any
 import pytest
 
 from braid import wire
-from decode_server.verdicts import probability
+from decode_server.pieces import Pieces
+from decode_server.verdicts import probability as probability_of
 
 VERDICT = wire.Verdict(("yes",), ("no",), 20)
 
 
+TEXTS: dict[int, str] = {}
+"""What the tokens of the completions below spell."""
+PIECES = Pieces(TEXTS.__getitem__, lambda tokens: "".join(TEXTS[token] for token in tokens))
+
+
+def probability(said: Any, verdict: wire.Verdict) -> float | None:
+    return probability_of(said, verdict, PIECES)
+
+
 def completion(*said: tuple[str, dict[str, float]], finish: str = "stop", logprobs: bool = True) -> Any:
-    """Tokens with the probabilities of the candidates in their places; a token's id is its candidate's
-    place."""
-    ids = {token: place for place, token in enumerate({t for own, c in said for t in (own, *c)})}
+    """Tokens with the probabilities of the candidates in their places."""
+    for token in {t for own, c in said for t in (own, *c)}:
+        if token not in TEXTS.values():
+            TEXTS[len(TEXTS)] = token
+    ids = {text: token for token, text in TEXTS.items()}
     tops = [
-        {ids[t]: SimpleNamespace(decoded_token=t, logprob=math.log(p)) for t, p in candidates.items()}
+        {ids[t]: SimpleNamespace(decoded_token=None, logprob=math.log(p)) for t, p in candidates.items()}
         for _, candidates in said
     ]
     return SimpleNamespace(

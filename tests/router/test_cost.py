@@ -222,6 +222,16 @@ def test_lengths_and_bytes_are_learned_from_what_shares_report() -> None:
     assert len(names(estimates, workers, 16, {**body, "max_tokens": 4})) == 1
 
 
+def test_a_single_request_is_divided_by_what_runs() -> None:
+    """Over the slots of d0 samples of a group wait for seats; they are not before a single request."""
+    workers = [worker("decode", "d0", inflight=90, slots=64), worker("decode", "d1", inflight=30, slots=64)]
+    for one, running in zip(workers, (4, 30), strict=True):
+        one.beat = wire.Beat(running=running)
+    for single, chosen in ((True, "d0"), (False, "d1")):
+        (share,) = Estimates().divide("demo", chat("hi"), workers, 1, local=True, single=single)
+        assert share.worker.name == chosen
+
+
 def test_samples_are_numbered_without_a_gap() -> None:
     workers = [worker("decode", f"d{i}", slots=64) for i in range(3)]
     shares = Estimates().divide("demo", chat("hi"), workers, 20, local=True)

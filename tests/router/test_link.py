@@ -9,7 +9,7 @@ import pytest
 
 from braid import wire
 from braid.keys import make_keys
-from router.link import NOBODY
+from router.link import NOBODY, Inbox
 from tests.router.conftest import CHAT, MakeStand, Stand, chat
 from tests.router.fake_worker import FakeWorker, silent
 
@@ -19,6 +19,20 @@ async def test_a_worker_is_welcomed_and_pinged(stand: Stand) -> None:
     ping = await d0.expect(wire.Ping)
     assert ping.router == stand.app.link.epoch
     assert [w.name for w in stand.app.registry.all()] == ["d0"]
+
+
+async def test_single_requests_count_until_a_heartbeat_tells_what_runs(make_stand: MakeStand) -> None:
+    stand = await make_stand(heartbeat_s=10)
+    _, d0 = await stand.workers()
+    d0.beats = False
+    link, worker = stand.app.link, stand.app.registry.ready("decode", "demo")[0]
+    before = worker.crowd
+    opened = [link.open(worker, 1, Inbox(), None, single=single) for single in (True, False, True)]
+    assert worker.crowd == before + 2
+    await d0.send(wire.Beat(running=5))
+    await stand.until(lambda: worker.beat.running == 5)
+    assert worker.crowd == 5
+    await d0.send(*(wire.Body(one.ref, b"", end=True) for one in opened))
 
 
 async def test_a_worker_that_hangs_is_lost_and_rejoins(make_stand: MakeStand) -> None:

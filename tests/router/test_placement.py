@@ -10,11 +10,12 @@ from router.placement import divide, place
 from router.registry import Worker
 
 
-def worker(role: wire.Role, name: str, inflight: int = 0, slots: int = 8) -> Worker:
+def worker(role: wire.Role, name: str, inflight: int = 0, slots: int = 8, running: int = 0) -> Worker:
     hello = wire.Hello(
         wire.PROTOCOL, role, name, 1, ("demo",), 2048, 32, slots, "f", "0.32.0", ("tcp://127.0.0.1:1",)
     )
-    return Worker(name.encode(), hello, 0.0, 0.0, inflight=inflight)
+    beat = wire.Beat(running=running)
+    return Worker(name.encode(), hello, 0.0, 0.0, beat, inflight=inflight)
 
 
 def always(prefill: Worker, decode: Worker) -> bool:
@@ -31,6 +32,27 @@ def test_load_is_relative_to_slots() -> None:
     decoders = [worker("decode", "d0", inflight=4, slots=32), worker("decode", "d1", inflight=2, slots=4)]
     plan = place(decoders, [worker("prefill", "p0")], always, 1, "pack")
     assert plan.shares[0].worker.name == "d0"
+
+
+def test_a_single_request_goes_where_the_fewest_run() -> None:
+    """Samples of groups that wait for a seat are no burden to it, those that run are."""
+    decoders = [worker("decode", "d0", inflight=40, running=2), worker("decode", "d1", inflight=8, running=8)]
+    prefillers = [worker("prefill", "p0")]
+    for spread in ("pack", "spread"):
+        plan = place(decoders, prefillers, always, 1, spread, single=True)  # type: ignore[arg-type]
+        assert plan.shares[0].worker.name == "d0"
+        assert place(decoders, prefillers, always, 1, spread).shares[0].worker.name == "d1"  # type: ignore[arg-type]
+
+
+def test_single_requests_between_two_heartbeats_do_not_all_go_to_one() -> None:
+    decoders = [worker("decode", "d0", running=1), worker("decode", "d1", running=2)]
+    chosen = []
+    for _ in range(4):
+        (share,) = place(decoders, [worker("prefill", "p0")], always, 1, "pack", single=True).shares
+        share.worker.inflight += 1
+        share.worker.newcomers += 1
+        chosen.append(share.worker.name)
+    assert chosen == ["d0", "d1", "d0", "d1"]
 
 
 def test_spread_divides_evenly_with_offsets() -> None:

@@ -131,6 +131,22 @@ class System:
                 self.signal(name, signal.SIGCONT)
             await self.has(decode, *others)
 
+    @asynccontextmanager
+    async def without_prefill(self) -> AsyncIterator[None]:
+        """Run with the prefill worker paused, then let it go on."""
+
+        async def ready(wanted: bool) -> bool:
+            workers = (await self.client.get("/cluster")).json()["workers"]
+            return wanted == any(w["worker"] == "prefill-0" and w["state"] == "ready" for w in workers)
+
+        try:
+            self.signal("prefill-0", signal.SIGSTOP)
+            await self.until(lambda: ready(False))
+            yield
+        finally:
+            self.signal("prefill-0", signal.SIGCONT)
+            await self.until(lambda: ready(True), 240)
+
     async def ended(self, name: str) -> None:
         """Wait until a process that was killed has been collected."""
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -68,3 +70,16 @@ async def test_nothing_listens_beyond_loopback(system: System) -> None:
     addresses = processes.listening(pids)
     assert addresses
     assert all(address.startswith("127.") for address in addresses), addresses
+
+
+def test_no_process_collects_what_it_began_with(system: System) -> None:
+    """A full collection would stop a worker's front, or its engine's steps, for half a second."""
+    frozen = set()
+    for child in system.cluster.children.values():
+        for line in Path(child.log).read_text().splitlines():
+            told = json.loads(line) if line.startswith("{") else {}
+            if told.get("event") == "heap_frozen":
+                assert told["objects"] > 10_000
+                frozen.add(told["process"])
+    workers = {f"{name}{part}" for name in ("prefill-0", "decode-0", "decode-1") for part in ("", "/worker")}
+    assert frozen == {"router", *workers}

@@ -69,6 +69,18 @@ async def test_short_prompts_share_their_partial_block_too(system: System, token
         assert await system.grown("decode-0", COMPUTED, before, 4) == 4
 
 
+@pytest.mark.parametrize("tokens", [33, 320])
+async def test_a_prompt_that_no_transfer_brings_is_computed_once(system: System, tokens: int) -> None:
+    """The decode worker computes the prompt before its samples are submitted, and each of them the last
+    token."""
+    n = 16
+    async with system.only("decode-0"), system.without_prefill():
+        before = await computed(system, "decode-0")
+        reply = await ask(system, n, tokens)
+        assert reply.headers["x-braid-path"] == "local"
+        assert await computed(system, "decode-0") - before == tokens + n
+
+
 async def test_full_prefix_blocks_are_held_once_while_the_group_runs(system: System) -> None:
     n, peak = 16, 0
     async with system.only("decode-0"):
