@@ -139,7 +139,8 @@ def command(options: argparse.Namespace, url: str) -> list[str]:
     chosen = options.only or METHODS
     rows = [f"--strategy={label}={json.dumps(METHODS[label])}" for label in chosen]
     given = ["--demo", options.count, "--seed", 7, "--model", "demo", "--max-tokens", 300]
-    given += ["--concurrency", options.concurrency, "--baseline", "self_consistency:16"]
+    given += ["--concurrency", options.concurrency, "--block", options.block]
+    given += ["--baseline", "self_consistency:16"]
     given += ["--out", options.run, "--name", "evaluation", "--url", url]
     return [*map(str, given), *rows]
 
@@ -149,7 +150,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.evaluation", description=__doc__.splitlines()[0]
     )
     made.add_argument("--count", type=int, default=500, help="problems of the test split")
-    made.add_argument("--concurrency", type=int, default=16, help="requests at a time")
+    made.add_argument("--concurrency", type=int, default=48, help="requests at a time")
+    made.add_argument("--block", type=int, default=100, help="problems that a method has in turn")
     made.add_argument("--only", action="append", choices=METHODS, help="this method; may be repeated")
     made.add_argument("--run", type=Path, default=Path("run/evaluation"), help="folder of logs and outcomes")
     made.add_argument("--keep", action="store_true", help="copy the result to benchmarks/results and docs")

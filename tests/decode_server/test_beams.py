@@ -146,7 +146,7 @@ class Engine:
         self.acquired: list[list[int]] = []
         self.asked: list[Any] = []
 
-    async def _acquire(self, job: Any, part: int, prompt: Any, params: Any, options: Any) -> Any:
+    async def _acquire(self, job: Any, part: int, prompt: Any, params: Any, *options: Any) -> Any:
         self.acquired.append(prompt["prompt_token_ids"])
         job.held.append(self.held)
         return self.held
