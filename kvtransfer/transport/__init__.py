@@ -122,7 +122,8 @@ class Receiver(Protocol):
         subscription asked for ``heads``.
 
         ``deliver(message, rows)`` follows once, now or later, with rows ``[layers, count, heads, row_bytes]``
-        that are valid until it returns (longer, if it keeps a reference); or ``broken(reason)`` once, after
+        (a tensor, or :class:`kvtransfer.rows.Rows`, which are written sooner) that are valid until it
+        returns (longer, if it keeps a reference); or ``broken(reason)`` once, after
         which the session delivers nothing. Raises :class:`kvtransfer.wire.KvWireError` for a message that
         does not fit its payload.
         """
