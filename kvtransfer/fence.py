@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
-from kvtransfer.loop import Loop
+from kvtransfer.loop import Loop, use_all_cores
 
 log = logging.getLogger("braid.kvtransfer")
 
@@ -22,7 +22,7 @@ class Fence(Protocol):
 
 
 class Waiter:
-    """A thread that waits for fences, one after the other, and then calls back on a loop.
+    """A thread that waits for fences, one after the other, and then calls back, holding a loop.
 
     It starts with the first fence: where nothing is asynchronous there is no thread.
     """
@@ -34,7 +34,7 @@ class Waiter:
         self._thread: threading.Thread | None = None
 
     def after(self, fence: Fence, call: Callable[[bool], None]) -> None:
-        """Run ``call`` on the loop once the fence has passed, with whether its copies went well.
+        """Run ``call`` as a holder of the loop once the fence has passed, with whether its copies went well.
 
         Calls keep their order. From any thread.
         """
@@ -51,12 +51,13 @@ class Waiter:
             self._thread = None
 
     def _run(self) -> None:
+        use_all_cores()
         while (item := self._queue.get()) is not None:
             fence, call = item
             try:
                 fence.wait()
             except Exception:
                 log.exception("kv_copy_failed")
-                self._loop.call_soon(partial(call, False))
+                self._loop.call_at_once(partial(call, False))
             else:
-                self._loop.call_soon(partial(call, True))
+                self._loop.call_at_once(partial(call, True))

@@ -73,7 +73,7 @@ class _Session:
 class Producer:
     """Holds finished blocks of prompts in host memory and streams them to subscribers.
 
-    All methods but :meth:`stage` run on ``loop``. A piece's memory is used again only when its lease has
+    All methods but :meth:`stage` are called by who holds ``loop``. A piece's memory is used again only when its lease has
     closed and every subscription has ended or passed its deadline (:mod:`kvtransfer.lease`).
 
     Args:
@@ -214,8 +214,9 @@ class Producer:
             raise ValueError(f"blocks [{first}, {first + count}) are not in the lease's {span}")
         before = sum(s.count * self._shapes[g].block_bytes for g, s in lease.spans.items() if g < group)
         at = lease.at + before + (first - span.first) * shape.block_bytes
-        rows = self._memory[at : at + count * shape.block_bytes]
-        return Piece(group, first, count, at, rows.view(shape.layers, count, shape.heads, shape.row_bytes))
+        end, layout = at + count * shape.block_bytes, (shape.layers, count, shape.heads, shape.row_bytes)
+        rows = self._memory[at:end].view(layout)
+        return Piece(group, first, count, at, rows, layout, self._arena.memory[at:end])
 
     def _written(self, lease: Lease[Piece], piece: Piece, well: bool) -> None:
         with self._lock:

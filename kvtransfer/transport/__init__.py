@@ -7,7 +7,7 @@ again without that offer).
 
 To add one: implement :class:`ProducerTransport` with its :class:`Sender` and :class:`ConsumerTransport` with
 its :class:`Receiver`, over what the ends lend (:class:`ProducerSide`, :class:`ConsumerSide`), and name it in
-:mod:`kvtransfer.transport.select`. All methods run on the end's loop;
+:mod:`kvtransfer.transport.select`. All methods are called by who holds the end's loop;
 none may block it.
 """
 
@@ -38,6 +38,8 @@ class Piece:
         at: offset in the arena.
         rows: tensor ``[layers, count, heads, row_bytes]``, uint8, contiguous; never written again while
             a subscription that may need it lives.
+        shape: of ``rows``; to ask a tensor for it takes longer.
+        memory: the bytes of ``rows``.
         digest: of ``rows``, 0 if not computed.
     """
 
@@ -46,6 +48,8 @@ class Piece:
     count: int
     at: int
     rows: Any
+    shape: tuple[int, int, int, int]
+    memory: memoryview
     digest: int = 0
 
     @property
@@ -65,7 +69,7 @@ class Parcel:
     @property
     def whole(self) -> bool:
         """Whether nothing of the piece is left out."""
-        return self.skip == 0 and self.heads == (0, self.piece.rows.shape[2])
+        return self.skip == 0 and self.heads == (0, self.piece.shape[2])
 
     @property
     def rows(self) -> Any:
@@ -75,9 +79,16 @@ class Parcel:
         return self.piece.rows[:, self.skip :, self.heads[0] : self.heads[1]]
 
     @property
+    def memory(self) -> memoryview:
+        """The bytes of ``rows``, a copy unless it is ``whole``."""
+        if self.whole:
+            return self.piece.memory
+        return memoryview(self.rows.contiguous().numpy()).cast("B")
+
+    @property
     def nbytes(self) -> int:
-        layers, count, _, row_bytes = self.piece.rows.shape
-        return int(layers * (count - self.skip) * (self.heads[1] - self.heads[0]) * row_bytes)
+        layers, count, _, row_bytes = self.piece.shape
+        return layers * (count - self.skip) * (self.heads[1] - self.heads[0]) * row_bytes
 
     def header(self, **where: int) -> wire.Blocks:
         """The message that announces it; ``where``: fields for one-sided transports."""

@@ -181,7 +181,7 @@ class NixlSender:
 
     def send(self, parcel: Parcel, digest: int) -> None:
         piece = parcel.piece
-        message = parcel.header(at=piece.at, skip=parcel.skip, heads=piece.rows.shape[2], digest=digest)
+        message = parcel.header(at=piece.at, skip=parcel.skip, heads=piece.shape[2], digest=digest)
         self._transport.socket.send_multipart([self._address, wire.encode(message)])
         self.unread += 1
         self._transport.sent()

@@ -55,7 +55,7 @@ class ShmSender:
 
     def send(self, parcel: Parcel, digest: int) -> None:
         piece = parcel.piece
-        message = parcel.header(at=piece.at, skip=parcel.skip, heads=piece.rows.shape[2], digest=digest)
+        message = parcel.header(at=piece.at, skip=parcel.skip, heads=piece.shape[2], digest=digest)
         self._socket.send_multipart([self._address, wire.encode(message)])
 
     def close(self) -> None:

@@ -43,9 +43,9 @@ class ZmqSender:
 
     def send(self, parcel: Parcel, digest: int) -> None:
         header = wire.encode(parcel.header(digest=digest))
-        payload = memoryview(parcel.rows.contiguous().numpy()).cast("B")
-        address = self._addresses[next(self._turn) % len(self._addresses)]
-        self._socket.send_multipart([address, header, payload], copy=False)
+        self._socket.send(self._addresses[next(self._turn) % len(self._addresses)], zmq.SNDMORE)
+        self._socket.send(header, zmq.SNDMORE)
+        self._socket.send(parcel.memory, copy=False)
 
     def close(self) -> None:
         """Nothing is held; what ZMQ has queued goes with the connection."""
