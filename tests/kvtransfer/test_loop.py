@@ -159,7 +159,7 @@ def test_what_a_call_at_once_finds_readable_is_handled_though_its_descriptor_is_
         inside, outside = _pipe(context)
         got = threading.Event()
         loop.add(inside, lambda: (inside.recv(), got.set())[1])
-        loop._poller.unregister(inside.getsockopt(zmq.FD))
+        loop._poller.modify(inside.getsockopt(zmq.FD), 0)
         loop.start()
 
         def take_the_signal() -> None:
