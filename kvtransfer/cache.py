@@ -178,7 +178,17 @@ class _Prepared:
         starts: addresses of the layers' first head to write, int64; ``ids``: of the blocks, int64.
     """
 
-    __slots__ = ("_arrays", "_block_bytes", "_count", "_ids", "_layers", "_nbytes", "_row", "_starts", "_write")
+    __slots__ = (
+        "_arrays",
+        "_block_bytes",
+        "_count",
+        "_ids",
+        "_layers",
+        "_nbytes",
+        "_row",
+        "_starts",
+        "_write",
+    )
 
     def __init__(
         self, write: rowcopy.WriteBlocks, starts: Any, ids: Any, heads: int, row_bytes: int, block_bytes: int
@@ -191,7 +201,12 @@ class _Prepared:
     def __call__(self, at: int, rows: Rows) -> None:
         """Raises ValueError for rows that are not of as many blocks as there are from ``at`` on."""
         layers, count, *row = rows.shape
-        if layers != self._layers or tuple(row) != self._row or count < 1 or not 0 <= at <= self._count - count:
+        if (
+            layers != self._layers
+            or tuple(row) != self._row
+            or count < 1
+            or not 0 <= at <= self._count - count
+        ):
             raise ValueError(f"rows of shape {rows.shape} for {self._count} blocks from {at} on")
         self._write(
             layers,

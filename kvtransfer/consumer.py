@@ -485,10 +485,10 @@ class Consumer:
         """Have the transport get a payload that is one of those wanted."""
         assert part.manifest is not None
         try:
-            due = part.due.get(message.group, set())
-            if not 0 < message.count <= len(due) or not due.issuperset(_blocks(message)):
+            due, blocks = part.due.get(message.group, set()), _blocks(message)
+            if not 0 < message.count <= len(due) or not due.issuperset(blocks):
                 raise _Refusal("out_of_range")
-            due.difference_update(_blocks(message))
+            due.difference_update(blocks)
             if peer.receiver is not None:
                 shape = part.manifest.shapes[message.group]
                 peer.receiver.receive(message, shape, part.heads, frames)

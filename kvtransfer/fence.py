@@ -21,6 +21,9 @@ class Fence(Protocol):
         """Block the calling thread until they are complete. Raises what made them fail."""
 
 
+_Item = tuple[Fence, Callable[[bool], None], Callable[[], None]]
+
+
 class Waiter:
     """A thread that waits for fences, one after the other, and then calls back, holding a loop.
 
@@ -30,18 +33,20 @@ class Waiter:
     def __init__(self, loop: Loop, name: str) -> None:
         self._loop = loop
         self._name = name
-        self._queue: queue.SimpleQueue[tuple[Fence, Callable[[bool], None]] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
-    def after(self, fence: Fence, call: Callable[[bool], None]) -> None:
+    def after(
+        self, fence: Fence, call: Callable[[bool], None], meanwhile: Callable[[], None] = lambda: None
+    ) -> None:
         """Run ``call`` as a holder of the loop once the fence has passed, with whether its copies went well.
 
-        Calls keep their order. From any thread.
+        Calls keep their order. ``meanwhile`` is run before waiting, without the loop. From any thread.
         """
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
             self._thread.start()
-        self._queue.put((fence, call))
+        self._queue.put((fence, call, meanwhile))
 
     def stop(self) -> None:
         """Wait for the fences so far, then end. Idempotent."""
@@ -53,8 +58,9 @@ class Waiter:
     def _run(self) -> None:
         use_all_cores()
         while (item := self._queue.get()) is not None:
-            fence, call = item
+            fence, call, meanwhile = item
             try:
+                meanwhile()
                 fence.wait()
             except Exception:
                 log.exception("kv_copy_failed")

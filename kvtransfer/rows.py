@@ -1,7 +1,7 @@
 """Blocks as they were received: where they lie in memory, and a tensor only for who asks for one.
 
-To wrap received bytes in tensors and arrays takes longer than to copy a megabyte of them when the interpreter's
-own data are not in the CPU's caches, as after a step of the model.
+To wrap received bytes in tensors and arrays takes longer than to copy a megabyte of them when the
+interpreter's own data are not in the CPU's caches, as after a step of the model.
 """
 
 from __future__ import annotations

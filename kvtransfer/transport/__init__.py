@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import zmq
+from zmq import Frame  # by its name: `zmq` is this package's own module once that is imported
 
 from kvtransfer import wire
 from kvtransfer.arena import Arena
@@ -51,10 +52,17 @@ class Piece:
     shape: tuple[int, int, int, int]
     memory: memoryview
     digest: int = 0
+    _frame: Frame | None = None
 
     @property
     def last(self) -> int:
         return self.first + self.count
+
+    def wrap(self) -> Frame:
+        """The bytes as a frame that ZMQ sends uncopied, to any number of consumers; made once."""
+        if self._frame is None:
+            self._frame = Frame(self.memory, copy=False)
+        return self._frame
 
 
 @dataclass(slots=True)
@@ -78,12 +86,11 @@ class Parcel:
             return self.piece.rows
         return self.piece.rows[:, self.skip :, self.heads[0] : self.heads[1]]
 
-    @property
-    def memory(self) -> memoryview:
-        """The bytes of ``rows``, a copy unless it is ``whole``."""
+    def wrap(self) -> Frame:
+        """The bytes of ``rows`` as a frame, copied unless they are ``whole``."""
         if self.whole:
-            return self.piece.memory
-        return memoryview(self.rows.contiguous().numpy()).cast("B")
+            return self.piece.wrap()
+        return Frame(memoryview(self.rows.contiguous().numpy()).cast("B"), copy=False)
 
     @property
     def nbytes(self) -> int:
@@ -105,9 +112,11 @@ class Sender(Protocol):
             subscriptions is used again only when they have ended or their deadline has passed.
         stretch: how many times larger than elsewhere pieces may be, where nothing but the announcement
             is sent and there is nothing to overlap by small ones.
+        wraps: it sends pieces as frames, which may be made beforehand.
     """
 
     stretch: int
+    wraps: bool
 
     @property
     def outlives(self) -> bool: ...

@@ -171,6 +171,7 @@ class NixlSender:
 
     outlives = True
     stretch = 1
+    wraps = False
 
     def __init__(self, transport: NixlProducer, address: bytes, id: Read, peer: str) -> None:
         self._transport = transport

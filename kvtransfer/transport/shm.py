@@ -42,6 +42,7 @@ class ShmSender:
     """See :class:`kvtransfer.transport.Sender`."""
 
     stretch = 8
+    wraps = False
 
     def __init__(self, socket: Socket, address: bytes, reader: Process) -> None:
         self._socket = socket

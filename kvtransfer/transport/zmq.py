@@ -31,6 +31,7 @@ class ZmqSender:
 
     outlives = False
     stretch = 1
+    wraps = True
 
     def __init__(self, socket: Socket, address: bytes) -> None:
         self._socket = socket
@@ -45,7 +46,7 @@ class ZmqSender:
         header = wire.encode(parcel.header(digest=digest))
         self._socket.send(self._addresses[next(self._turn) % len(self._addresses)], zmq.SNDMORE)
         self._socket.send(header, zmq.SNDMORE)
-        self._socket.send(parcel.memory, copy=False)
+        self._socket.send(parcel.wrap(), copy=False)
 
     def close(self) -> None:
         """Nothing is held; what ZMQ has queued goes with the connection."""

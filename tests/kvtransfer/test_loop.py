@@ -175,9 +175,7 @@ def test_what_a_call_at_once_finds_readable_is_handled_though_its_descriptor_is_
         outside.close(linger=0)
 
 
-def test_a_socket_added_by_a_call_at_once_is_waited_for(
-    loop: Loop, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_socket_added_by_a_call_at_once_is_waited_for(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvtransfer.loop.TICK_S", DEADLINE_S)
     with zmq.Context() as context:
         inside, outside = _pipe(context)
@@ -237,6 +235,7 @@ def test_no_descriptor_is_left_behind() -> None:
 
 def _here(loop: Loop, call: Callable[[], object]) -> bool:
     """Make a call at once when the loop has nothing to do, so that it runs on this thread."""
+    me = threading.get_ident()
     for _ in range(1000):
         ran: list[int] = []
         settled = threading.Event()
@@ -248,7 +247,6 @@ def _here(loop: Loop, call: Callable[[], object]) -> bool:
             ran.append(me)
             call()
 
-        me = threading.get_ident()
         loop.call_at_once(run)
         if ran:
             return True
