@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -21,10 +20,6 @@ from kvtransfer import rowcopy
 from kvtransfer.fence import Fence
 from kvtransfer.rows import Rows
 from kvtransfer.wire import Shape
-
-# A received frame and a peer's arena are read-only memory, and are only ever read from.
-warnings.filterwarnings("ignore", message="The given buffer is not writable")
-
 
 STREAM_BYTES = 64 * 1024
 """Tensors of rows that together are at least as large are written past the CPU's caches

@@ -21,7 +21,7 @@ class Fence(Protocol):
         """Block the calling thread until they are complete. Raises what made them fail."""
 
 
-_Item = tuple[Fence, Callable[[bool], None], Callable[[], None]]
+_Item = tuple[Fence, Callable[[bool], None], Callable[[], object]]
 
 
 class Waiter:
@@ -37,11 +37,12 @@ class Waiter:
         self._thread: threading.Thread | None = None
 
     def after(
-        self, fence: Fence, call: Callable[[bool], None], meanwhile: Callable[[], None] = lambda: None
+        self, fence: Fence, call: Callable[[bool], None], meanwhile: Callable[[], object] = lambda: None
     ) -> None:
         """Run ``call`` as a holder of the loop once the fence has passed, with whether its copies went well.
 
-        Calls keep their order. ``meanwhile`` is run before waiting, without the loop. From any thread.
+        Calls keep their order. ``meanwhile`` is run before waiting, without the loop; if it raises, the call
+        is told that it did not go well, after the fence all the same. From any thread.
         """
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
@@ -60,8 +61,10 @@ class Waiter:
         while (item := self._queue.get()) is not None:
             fence, call, meanwhile = item
             try:
-                meanwhile()
-                fence.wait()
+                try:
+                    meanwhile()
+                finally:
+                    fence.wait()
             except Exception:
                 log.exception("kv_copy_failed")
                 self._loop.call_at_once(partial(call, False))

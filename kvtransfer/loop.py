@@ -51,7 +51,7 @@ class Loop(threading.Thread):
 
     def add(self, socket: zmq.Socket[bytes], handler: Callable[[], None]) -> None:
         """Call ``handler`` whenever ``socket`` is readable; it must read until EAGAIN or once."""
-        fd = socket.getsockopt(zmq.FD)
+        fd = int(socket.getsockopt(zmq.FD))
         self._sockets[fd] = socket, handler
         self._poller.register(fd, select.POLLIN)
         self._wake()  # another thread than the holder may be waiting for the others
@@ -146,7 +146,7 @@ class Loop(threading.Thread):
         """Descriptors of the sockets that have something to read. To use a socket may take away what its
         descriptor says, so who has used some asks before anybody waits."""
         found = self._sockets.items()
-        return [fd for fd, (socket, _) in found if socket.getsockopt(zmq.EVENTS) & zmq.POLLIN]
+        return [fd for fd, (socket, _) in found if int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN]
 
     def _handle(self, ready: list[int]) -> bool:
         """Call the handlers. Returns whether there was anything."""

@@ -7,10 +7,14 @@ interpreter's own data are not in the CPU's caches, as after a step of the model
 from __future__ import annotations
 
 import ctypes
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+# A peer's arena is read-only memory, and is only ever read from.
+warnings.filterwarnings("ignore", message="The given buffer is not writable")
 
 
 @dataclass(slots=True)

@@ -158,8 +158,8 @@ def test_what_a_call_at_once_finds_readable_is_handled_though_its_descriptor_is_
     with zmq.Context() as context:
         inside, outside = _pipe(context)
         got = threading.Event()
-        loop.add(inside, lambda: (inside.recv(), got.set())[1])
-        loop._poller.modify(inside.getsockopt(zmq.FD), 0)
+        loop.add(inside, _taking(inside, got))
+        loop._poller.modify(int(inside.getsockopt(zmq.FD)), 0)
         loop.start()
 
         def take_the_signal() -> None:
@@ -181,7 +181,7 @@ def test_a_socket_added_by_a_call_at_once_is_waited_for(loop: Loop, monkeypatch:
         inside, outside = _pipe(context)
         got = threading.Event()
         loop.start()
-        assert _here(loop, lambda: loop.add(inside, lambda: (inside.recv(), got.set())[1]))
+        assert _here(loop, lambda: loop.add(inside, _taking(inside, got)))
         outside.send(b"1")
         assert got.wait(DEADLINE_S / 2)
         loop.stop()
@@ -231,6 +231,14 @@ def test_no_descriptor_is_left_behind() -> None:
     for _ in range(5):
         once()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def _taking(socket: zmq.Socket[bytes], got: threading.Event) -> Callable[[], None]:
+    def take() -> None:
+        socket.recv()
+        got.set()
+
+    return take
 
 
 def _here(loop: Loop, call: Callable[[], object]) -> bool:
