@@ -134,6 +134,26 @@ def test_a_call_at_once_waits_for_who_holds_the_loop_and_for_the_calls_before_it
     assert ran == [(name, loop.ident) for name in ("first", "second", "third")]
 
 
+def test_a_call_at_once_does_not_overtake_one_that_the_loop_has_not_begun(loop: Loop) -> None:
+    wait, awake, done = loop._wait, threading.Event(), threading.Event()
+    ran: list[str] = []
+
+    def wait_and_linger(due: float) -> list[int]:
+        found = wait(due)
+        assert awake.wait(DEADLINE_S)
+        return found
+
+    loop._wait = wait_and_linger  # type: ignore[method-assign]
+    loop.start()
+    assert _here(loop, lambda: None)
+    loop.call_soon(lambda: ran.append("first"))
+    loop.call_at_once(lambda: (ran.append("second"), done.set()))  # type: ignore[arg-type, return-value]
+    assert ran == []
+    awake.set()
+    assert done.wait(DEADLINE_S)
+    assert ran == ["first", "second"]
+
+
 def test_a_call_at_once_before_the_start_runs_after_it_and_after_the_stop_never(loop: Loop) -> None:
     ran: list[int] = []
     loop.call_at_once(lambda: ran.append(1))
@@ -166,6 +186,7 @@ def test_what_a_call_at_once_finds_readable_is_handled_though_its_descriptor_is_
             outside.send(b"1")
             assert inside.poll(int(1000 * DEADLINE_S))
 
+        assert _here(loop, lambda: None)  # it has woken up for the socket, and sleeps
         assert _here(loop, take_the_signal)
         assert got.wait(DEADLINE_S / 2)
         loop.call_soon(take_the_signal)  # the same on the loop's own thread
