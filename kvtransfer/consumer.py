@@ -283,7 +283,10 @@ class Consumer:
 
     def _lane_lost(self, peer: _Peer, session: int, monitor: Socket) -> None:
         """What was on its way on this connection is lost: a new session asks for it again."""
-        recv_monitor_message(monitor)
+        try:
+            recv_monitor_message(monitor, zmq.NOBLOCK)
+        except zmq.Again:
+            return
         if peer.up and peer.session == session:
             self._greet(peer)
 
@@ -292,7 +295,10 @@ class Consumer:
             self._send(peer, message)
 
     def _monitored(self, peer: _Peer) -> None:
-        event = recv_monitor_message(peer.monitor)["event"]
+        try:
+            event = recv_monitor_message(peer.monitor, zmq.NOBLOCK)["event"]
+        except zmq.Again:
+            return
         # A retry follows every disconnection but that of a peer whose bytes were no ZMTP.
         peer.lost = event not in (zmq.EVENT_HANDSHAKE_SUCCEEDED, zmq.EVENT_CONNECT_RETRIED, zmq.EVENT_CLOSED)
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:

@@ -50,7 +50,8 @@ class Loop(threading.Thread):
         self._closed = False
 
     def add(self, socket: zmq.Socket[bytes], handler: Callable[[], None]) -> None:
-        """Call ``handler`` whenever ``socket`` is readable; it must read until EAGAIN or once."""
+        """Call ``handler`` whenever ``socket`` is readable, and now and then when it is not: it must read
+        without blocking, until EAGAIN or once."""
         fd = int(socket.getsockopt(zmq.FD))
         self._sockets[fd] = socket, handler
         self._poller.register(fd, select.POLLIN)
