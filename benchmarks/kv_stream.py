@@ -6,6 +6,9 @@ as the contenders' pools; the receiver drops them.
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -32,13 +35,24 @@ class Sender:
         return {"endpoint": self._socket.getsockopt_string(zmq.LAST_ENDPOINT)}
 
     def send(self, first: int, count: int) -> dict[str, Any]:
-        """Send the bytes of `count` blocks from block `first` on; when it began."""
+        """Send the bytes of `count` blocks from block `first` on; when it began.
+
+        Another thread sends than the one that has swept the caches of its core, as in a transfer.
+        """
         runs = pieces(first, first + count, self._layout.block_bytes, self._layout.piece_bytes)
-        self._evictor.evict()
+        swept = threading.Event()
+        with ThreadPoolExecutor(1) as pool:
+            sent = pool.submit(self._stream, swept, runs)
+            self._evictor.evict()
+            swept.set()
+            return {"start": sent.result()}
+
+    def _stream(self, swept: threading.Event, runs: Sequence[range]) -> float:
+        swept.wait()
         start = now()
         for run in runs:
             self._socket.send(self._frames[run.start : run.stop], copy=False)
-        return {"start": start}
+        return start
 
     def close(self) -> None:
         self._context.destroy(linger=0)

@@ -35,6 +35,8 @@ from benchmarks.measure import describe
 from benchmarks.process import replace_all
 from braid.settings import PrefillSettings
 
+CONGESTION_CONTROL = Path("/proc/sys/net/ipv4/tcp_congestion_control")
+"""What TCP connections of this machine are paced by, loopback's too."""
 SLACK = 1.5
 """Blocks of a pool for every block that the largest transfer moves."""
 
@@ -109,7 +111,7 @@ class Run:
         )
         self.contenders = contenders([name for name in NAMES if name in args.contenders], self.site)
         self.started = datetime.now(UTC)
-        self.machine = describe_machine()
+        self.machine = describe_machine() | {"congestion_control": CONGESTION_CONTROL.read_text().strip()}
         self.records: list[TransferRecord] = []
         self.patience_s: float = args.patience_s
         self.ended_by = ""

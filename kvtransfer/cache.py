@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,14 +18,12 @@ import torch
 
 from kvtransfer import rowcopy
 from kvtransfer.fence import Fence
+from kvtransfer.rows import Rows
 from kvtransfer.wire import Shape
 
-# A received frame and a peer's arena are read-only memory, and are only ever read from.
-warnings.filterwarnings("ignore", message="The given buffer is not writable")
-
-
 STREAM_BYTES = 64 * 1024
-"""Rows that together are at least as large are written past the CPU's caches (:mod:`kvtransfer.rowcopy`)."""
+"""Tensors of rows that together are at least as large are written past the CPU's caches
+(:mod:`kvtransfer.rowcopy`)."""
 
 
 class Cache(Protocol):
@@ -94,6 +91,10 @@ class HostCache:
             raise IndexError(f"{min(block_ids)}..{max(block_ids)} are not in a cache of {self.blocks} blocks")
         self._pages[group].write(np.asarray(block_ids, dtype=np.int64), rows.numpy(), put)
 
+    def prepare(self, group: int, block_ids: Sequence[int], heads: int, put: int) -> _Prepared | None:
+        """See :class:`kvtransfer.target.Prepares`."""
+        return self._pages[group].prepare(np.asarray(block_ids, dtype=np.int64), heads, put)
+
     def copy(self, group: int, source: int, target: int) -> None:
         for layer in self._groups[group]:
             layer[target] = layer[source]
@@ -142,6 +143,13 @@ class _Pages:
             first = rows[:1, :1].reshape(-1).view(chunk)
             pages[at] = np.lib.stride_tricks.as_strided(first, rows.shape[:2], rows.strides[:2])
 
+    def prepare(self, ids: Any, heads: int, put: int) -> _Prepared | None:
+        """What writes heads of blocks that exist with streaming stores, or None if they can't be used."""
+        if self._write_blocks is None or heads * self._row_bytes % rowcopy.STEP:
+            return None
+        starts = self._starts + put * self._row_bytes
+        return _Prepared(self._write_blocks, starts, ids, heads, self._row_bytes, self._block_bytes)
+
     def _stream(self, ids: Any, rows: Any, put: int, nbytes: int) -> None:
         assert self._write_blocks is not None
         starts = self._starts + put * self._row_bytes if put else self._starts
@@ -155,6 +163,56 @@ class _Pages:
             rows.strides[0],
             rows.strides[1],
             nbytes,
+        )
+
+
+class _Prepared:
+    """One compiled call that copies received rows, with all its arguments but where they lie.
+
+    Args:
+        starts: addresses of the layers' first head to write, int64; ``ids``: of the blocks, int64.
+    """
+
+    __slots__ = (
+        "_arrays",
+        "_block_bytes",
+        "_count",
+        "_ids",
+        "_layers",
+        "_nbytes",
+        "_row",
+        "_starts",
+        "_write",
+    )
+
+    def __init__(
+        self, write: rowcopy.WriteBlocks, starts: Any, ids: Any, heads: int, row_bytes: int, block_bytes: int
+    ) -> None:
+        self._write, self._arrays = write, (starts, ids)
+        self._starts, self._ids = int(starts.ctypes.data), int(ids.ctypes.data)
+        self._layers, self._count = len(starts), len(ids)
+        self._row, self._nbytes, self._block_bytes = (heads, row_bytes), heads * row_bytes, block_bytes
+
+    def __call__(self, at: int, rows: Rows) -> None:
+        """Raises ValueError for rows that are not of as many blocks as there are from ``at`` on."""
+        layers, count, *row = rows.shape
+        if (
+            layers != self._layers
+            or tuple(row) != self._row
+            or count < 1
+            or not 0 <= at <= self._count - count
+        ):
+            raise ValueError(f"rows of shape {rows.shape} for {self._count} blocks from {at} on")
+        self._write(
+            layers,
+            count,
+            self._starts,
+            self._ids + at * 8,
+            self._block_bytes,
+            rows.address + rows.offset,
+            rows.layer_stride,
+            rows.block_stride,
+            self._nbytes,
         )
 
 

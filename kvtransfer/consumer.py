@@ -22,7 +22,9 @@ from kvtransfer.codec import Codec
 from kvtransfer.digest import digest
 from kvtransfer.fence import Waiter
 from kvtransfer.loop import Loop
-from kvtransfer.sockets import set_heartbeat
+from kvtransfer.rows import as_tensor
+from kvtransfer.sockets import receive_frames, set_heartbeat
+from kvtransfer.target import Target
 from kvtransfer.transport import ConsumerSide, ConsumerTransport, Meets, Receiver, Unavailable
 
 log = logging.getLogger("braid.kvtransfer")
@@ -62,6 +64,7 @@ class _Part:
     Attributes:
         sub: number of its subscription, 0 while it has none.
         missing: by group, the blocks not yet written.
+        targets: by group, its first block and where its blocks go.
         due: by group, of those the subscription covers, the blocks not yet announced.
         early: messages that came before the manifest (on another lane).
     """
@@ -69,6 +72,7 @@ class _Part:
     load: _Load
     source: wire.Source
     missing: dict[int, set[int]]
+    targets: dict[int, tuple[int, Target]]
     sub: int = 0
     due: dict[int, set[int]] = field(default_factory=dict)
     manifest: wire.Manifest | None = None
@@ -96,7 +100,6 @@ class _Load:
     started: float
     deadline: float
     parts: list[_Part] = field(default_factory=list)
-    blocks: dict[int, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
     first_at: float = 0.0
     scatter_s: float = 0.0
     nbytes: int = 0
@@ -178,15 +181,21 @@ class Consumer:
             return
         now = time.monotonic()
         load = _Load(spec, now, now + spec.deadline_s)
-        load.blocks = {span.group: (span.first, span.block_ids) for span in spec.spans}
         self._loads[spec.key] = load
         for source in spec.sources:
             missing = {s.group: set(range(s.first, s.first + len(s.block_ids))) for s in spec.spans}
-            load.parts.append(_Part(load, source, missing))
+            load.parts.append(_Part(load, source, missing, self._targets(spec, source)))
         for part in load.parts:
             peer = self._peer(part.source.endpoint)
             if peer.up:
                 self._subscribe(peer, part)
+
+    def _targets(self, spec: wire.Load, source: wire.Source) -> dict[int, tuple[int, Target]]:
+        heads = source.last - source.first
+        return {
+            span.group: (span.first, Target(self._cache, span.group, span.block_ids, heads, source.put))
+            for span in spec.spans
+        }
 
     def unload(self, key: wire.Key, reason: str) -> None:
         """Stop a load. Answered by ``Failed`` in any case: after it, nothing writes for this key."""
@@ -274,7 +283,10 @@ class Consumer:
 
     def _lane_lost(self, peer: _Peer, session: int, monitor: Socket) -> None:
         """What was on its way on this connection is lost: a new session asks for it again."""
-        recv_monitor_message(monitor)
+        try:
+            recv_monitor_message(monitor, zmq.NOBLOCK)
+        except zmq.Again:
+            return
         if peer.up and peer.session == session:
             self._greet(peer)
 
@@ -283,7 +295,10 @@ class Consumer:
             self._send(peer, message)
 
     def _monitored(self, peer: _Peer) -> None:
-        event = recv_monitor_message(peer.monitor)["event"]
+        try:
+            event = recv_monitor_message(peer.monitor, zmq.NOBLOCK)["event"]
+        except zmq.Again:
+            return
         # A retry follows every disconnection but that of a peer whose bytes were no ZMTP.
         peer.lost = event not in (zmq.EVENT_HANDSHAKE_SUCCEEDED, zmq.EVENT_CONNECT_RETRIED, zmq.EVENT_CLOSED)
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
@@ -382,7 +397,7 @@ class Consumer:
             if socket.closed:
                 return
             try:
-                frames = socket.recv_multipart(zmq.NOBLOCK, copy=False)
+                frames = receive_frames(socket)
             except zmq.Again:
                 return
             try:
@@ -392,6 +407,8 @@ class Consumer:
 
     def _handle(self, peer: _Peer, message: wire.Data, frames: list[zmq.Frame]) -> None:
         match message:
+            case wire.Blocks():  # first, as what is looked at before costs time when it counts
+                self._announced(peer, message, frames)
             case wire.Welcome():
                 self._welcome(peer, message)
             case wire.Manifest() | wire.Refused() if message.sub in self._parts:
@@ -400,8 +417,6 @@ class Consumer:
                     self._answered(peer, part, message)
             case wire.Refused(0, reason):
                 self._refused(peer, reason)
-            case wire.Blocks():
-                self._announced(peer, message, frames)
             case wire.Rendezvous(session, name, value):
                 if session == peer.session and isinstance(peer.receiver, Meets):
                     peer.receiver.told(name, value)
@@ -476,10 +491,10 @@ class Consumer:
         """Have the transport get a payload that is one of those wanted."""
         assert part.manifest is not None
         try:
-            due = part.due.get(message.group, set())
-            if not 0 < message.count <= len(due) or not due.issuperset(_blocks(message)):
+            due, blocks = part.due.get(message.group, set()), _blocks(message)
+            if not 0 < message.count <= len(due) or not due.issuperset(blocks):
                 raise _Refusal("out_of_range")
-            due.difference_update(_blocks(message))
+            due.difference_update(blocks)
             if peer.receiver is not None:
                 shape = part.manifest.shapes[message.group]
                 peer.receiver.receive(message, shape, part.heads, frames)
@@ -499,15 +514,14 @@ class Consumer:
         if now >= load.deadline:  # the producer may have used the memory again
             self._fail(load, "timeout")
             return
-        if message.digest and digest(rows) != message.digest:
+        if message.digest and digest(as_tensor(rows)) != message.digest:
             log.error("kv_digest_mismatch", extra={"ticket": load.spec.key.id.hex(), "security": True})
             self._fail(load, "corrupt")
             return
         if part.manifest.codec:
-            rows = self._codecs[part.manifest.codec].decode(rows)
-        first, block_ids = load.blocks[message.group]
-        at = message.first - first
-        fence = self._cache.scatter(message.group, block_ids[at : at + message.count], rows, part.source.put)
+            rows = self._codecs[part.manifest.codec].decode(as_tensor(rows))
+        first, target = part.targets[message.group]
+        fence = target.write(message.first - first, message.count, rows)
         load.first_at = load.first_at or now
         load.nbytes += message.nbytes
         if fence is None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
-from kvtransfer.loop import Loop
+from kvtransfer.loop import Loop, use_all_cores
 
 log = logging.getLogger("braid.kvtransfer")
 
@@ -21,8 +21,11 @@ class Fence(Protocol):
         """Block the calling thread until they are complete. Raises what made them fail."""
 
 
+_Item = tuple[Fence, Callable[[bool], None], Callable[[], object]]
+
+
 class Waiter:
-    """A thread that waits for fences, one after the other, and then calls back on a loop.
+    """A thread that waits for fences, one after the other, and then calls back, holding a loop.
 
     It starts with the first fence: where nothing is asynchronous there is no thread.
     """
@@ -30,18 +33,21 @@ class Waiter:
     def __init__(self, loop: Loop, name: str) -> None:
         self._loop = loop
         self._name = name
-        self._queue: queue.SimpleQueue[tuple[Fence, Callable[[bool], None]] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
-    def after(self, fence: Fence, call: Callable[[bool], None]) -> None:
-        """Run ``call`` on the loop once the fence has passed, with whether its copies went well.
+    def after(
+        self, fence: Fence, call: Callable[[bool], None], meanwhile: Callable[[], object] = lambda: None
+    ) -> None:
+        """Run ``call`` as a holder of the loop once the fence has passed, with whether its copies went well.
 
-        Calls keep their order. From any thread.
+        Calls keep their order. ``meanwhile`` is run before waiting, without the loop; if it raises, the call
+        is told that it did not go well, after the fence all the same. From any thread.
         """
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
             self._thread.start()
-        self._queue.put((fence, call))
+        self._queue.put((fence, call, meanwhile))
 
     def stop(self) -> None:
         """Wait for the fences so far, then end. Idempotent."""
@@ -51,12 +57,16 @@ class Waiter:
             self._thread = None
 
     def _run(self) -> None:
+        use_all_cores()
         while (item := self._queue.get()) is not None:
-            fence, call = item
+            fence, call, meanwhile = item
             try:
-                fence.wait()
+                try:
+                    meanwhile()
+                finally:
+                    fence.wait()
             except Exception:
                 log.exception("kv_copy_failed")
-                self._loop.call_soon(partial(call, False))
+                self._loop.call_at_once(partial(call, False))
             else:
-                self._loop.call_soon(partial(call, True))
+                self._loop.call_at_once(partial(call, True))

@@ -65,6 +65,7 @@ class Lease(Generic[P]):
         pieces: what has been, by group, in block order without gaps.
         at: where its memory begins once it is held.
         stretch: factor of its pieces' size, what suits all subscribers.
+        wrapped: some subscriber's transport sends frames of pieces.
         writers: threads that fill a piece now.
         sent: bytes given to transports; ``early``: of those, before the last blocks were handed over.
     """
@@ -78,6 +79,7 @@ class Lease(Generic[P]):
     subscribers: dict[SubId, Subscriber] = field(default_factory=dict)
     at: int = -1
     stretch: int = 1
+    wrapped: bool = False
     writers: int = 0
     sent: int = 0
     early: int = 0

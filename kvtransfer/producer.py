@@ -73,8 +73,8 @@ class _Session:
 class Producer:
     """Holds finished blocks of prompts in host memory and streams them to subscribers.
 
-    All methods but :meth:`stage` run on ``loop``. A piece's memory is used again only when its lease has
-    closed and every subscription has ended or passed its deadline (:mod:`kvtransfer.lease`).
+    All methods but :meth:`stage` are called by who holds ``loop``. A piece's memory is used again only when
+    its lease has closed and every subscription has ended or passed its deadline (:mod:`kvtransfer.lease`).
 
     Args:
         loop: thread that will own the socket.
@@ -201,7 +201,8 @@ class Producer:
                 else:
                     with self._lock:
                         lease.writers += 1
-                    self._waiter.after(fence, partial(self._written, lease, piece))
+                    meanwhile = piece.wrap if lease.wrapped else _nothing
+                    self._waiter.after(fence, partial(self._written, lease, piece), meanwhile)
             return True
         finally:
             with self._lock:
@@ -214,8 +215,9 @@ class Producer:
             raise ValueError(f"blocks [{first}, {first + count}) are not in the lease's {span}")
         before = sum(s.count * self._shapes[g].block_bytes for g, s in lease.spans.items() if g < group)
         at = lease.at + before + (first - span.first) * shape.block_bytes
-        rows = self._memory[at : at + count * shape.block_bytes]
-        return Piece(group, first, count, at, rows.view(shape.layers, count, shape.heads, shape.row_bytes))
+        end, layout = at + count * shape.block_bytes, (shape.layers, count, shape.heads, shape.row_bytes)
+        rows = self._memory[at:end].view(layout)
+        return Piece(group, first, count, at, rows, layout, self._arena.memory[at:end])
 
     def _written(self, lease: Lease[Piece], piece: Piece, well: bool) -> None:
         with self._lock:
@@ -272,6 +274,7 @@ class Producer:
             self._tell(subscriber, wire.Refused(subscriber.id[1], "bad_blocks"))
             return
         lease.stretch = session.sender.stretch if len(lease.subscribers) == 1 else 1
+        lease.wrapped |= session.sender.wraps
         self._tell(subscriber, msgspec.structs.replace(lease.manifest, sub=subscriber.id[1]))
         self._feed(lease, subscriber)
 
@@ -490,3 +493,7 @@ class Producer:
             if now - session.heard > (SILENCE_S if session.subscriptions else IDLE_S):
                 session.heard = session.heard if session.subscriptions else now
                 self._send(session, wire.Alive(()))
+
+
+def _nothing() -> None:
+    """There is nothing to do."""

@@ -14,3 +14,16 @@ def set_heartbeat(socket: zmq.Socket[bytes]) -> None:
     """Notice a peer that is stopped or cut off though its connection looks open."""
     socket.setsockopt(zmq.HEARTBEAT_IVL, int(HEARTBEAT_S * 1000))
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(SILENT_S * 1000))
+
+
+def receive_frames(socket: zmq.Socket[bytes]) -> list[zmq.Frame]:
+    """The frames of one message, which hold their bytes uncopied. Raises ``zmq.Again`` if there is none.
+
+    The same as ``recv_multipart``, without asking the socket after each frame whether there is one more.
+    """
+    frame = socket.recv(zmq.NOBLOCK, copy=False)
+    frames = [frame]
+    while frame.more:
+        frame = socket.recv(copy=False)
+        frames.append(frame)
+    return frames

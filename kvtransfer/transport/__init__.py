@@ -7,7 +7,7 @@ again without that offer).
 
 To add one: implement :class:`ProducerTransport` with its :class:`Sender` and :class:`ConsumerTransport` with
 its :class:`Receiver`, over what the ends lend (:class:`ProducerSide`, :class:`ConsumerSide`), and name it in
-:mod:`kvtransfer.transport.select`. All methods run on the end's loop;
+:mod:`kvtransfer.transport.select`. All methods are called by who holds the end's loop;
 none may block it.
 """
 
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import zmq
+from zmq import Frame  # by its name: `zmq` is this package's own module once that is imported
 
 from kvtransfer import wire
 from kvtransfer.arena import Arena
@@ -38,6 +39,8 @@ class Piece:
         at: offset in the arena.
         rows: tensor ``[layers, count, heads, row_bytes]``, uint8, contiguous; never written again while
             a subscription that may need it lives.
+        shape: of ``rows``; to ask a tensor for it takes longer.
+        memory: the bytes of ``rows``.
         digest: of ``rows``, 0 if not computed.
     """
 
@@ -46,11 +49,20 @@ class Piece:
     count: int
     at: int
     rows: Any
+    shape: tuple[int, int, int, int]
+    memory: memoryview
     digest: int = 0
+    _frame: Frame | None = None
 
     @property
     def last(self) -> int:
         return self.first + self.count
+
+    def wrap(self) -> Frame:
+        """The bytes as a frame that ZMQ sends uncopied, to any number of consumers; made once."""
+        if self._frame is None:
+            self._frame = Frame(self.memory, copy=False)
+        return self._frame
 
 
 @dataclass(slots=True)
@@ -65,7 +77,7 @@ class Parcel:
     @property
     def whole(self) -> bool:
         """Whether nothing of the piece is left out."""
-        return self.skip == 0 and self.heads == (0, self.piece.rows.shape[2])
+        return self.skip == 0 and self.heads == (0, self.piece.shape[2])
 
     @property
     def rows(self) -> Any:
@@ -74,10 +86,16 @@ class Parcel:
             return self.piece.rows
         return self.piece.rows[:, self.skip :, self.heads[0] : self.heads[1]]
 
+    def wrap(self) -> Frame:
+        """The bytes of ``rows`` as a frame, copied unless they are ``whole``."""
+        if self.whole:
+            return self.piece.wrap()
+        return Frame(memoryview(self.rows.contiguous().numpy()).cast("B"), copy=False)
+
     @property
     def nbytes(self) -> int:
-        layers, count, _, row_bytes = self.piece.rows.shape
-        return int(layers * (count - self.skip) * (self.heads[1] - self.heads[0]) * row_bytes)
+        layers, count, _, row_bytes = self.piece.shape
+        return layers * (count - self.skip) * (self.heads[1] - self.heads[0]) * row_bytes
 
     def header(self, **where: int) -> wire.Blocks:
         """The message that announces it; ``where``: fields for one-sided transports."""
@@ -94,9 +112,11 @@ class Sender(Protocol):
             subscriptions is used again only when they have ended or their deadline has passed.
         stretch: how many times larger than elsewhere pieces may be, where nothing but the announcement
             is sent and there is nothing to overlap by small ones.
+        wraps: it sends pieces as frames, which may be made beforehand.
     """
 
     stretch: int
+    wraps: bool
 
     @property
     def outlives(self) -> bool: ...
@@ -122,7 +142,8 @@ class Receiver(Protocol):
         subscription asked for ``heads``.
 
         ``deliver(message, rows)`` follows once, now or later, with rows ``[layers, count, heads, row_bytes]``
-        that are valid until it returns (longer, if it keeps a reference); or ``broken(reason)`` once, after
+        (a tensor, or :class:`kvtransfer.rows.Rows`, which are written sooner) that are valid until it
+        returns (longer, if it keeps a reference); or ``broken(reason)`` once, after
         which the session delivers nothing. Raises :class:`kvtransfer.wire.KvWireError` for a message that
         does not fit its payload.
         """

@@ -379,6 +379,7 @@ class CollectiveSender:
 
     outlives = False  # nothing leaves staging once the group is aborted
     stretch = 1
+    wraps = False
 
     def __init__(self, side: ProducerSide, backend: Backend, address: bytes, number: int) -> None:
         self._socket = side.socket

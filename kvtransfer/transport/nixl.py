@@ -171,6 +171,7 @@ class NixlSender:
 
     outlives = True
     stretch = 1
+    wraps = False
 
     def __init__(self, transport: NixlProducer, address: bytes, id: Read, peer: str) -> None:
         self._transport = transport
@@ -181,7 +182,7 @@ class NixlSender:
 
     def send(self, parcel: Parcel, digest: int) -> None:
         piece = parcel.piece
-        message = parcel.header(at=piece.at, skip=parcel.skip, heads=piece.rows.shape[2], digest=digest)
+        message = parcel.header(at=piece.at, skip=parcel.skip, heads=piece.shape[2], digest=digest)
         self._transport.socket.send_multipart([self._address, wire.encode(message)])
         self.unread += 1
         self._transport.sent()

@@ -11,7 +11,6 @@ import os
 import select
 import weakref
 from collections.abc import Sequence
-from typing import Any
 
 import msgspec
 import torch
@@ -19,6 +18,7 @@ import zmq
 
 from kvtransfer import wire
 from kvtransfer.arena import Arena, ArenaRef, open_arena
+from kvtransfer.rows import Rows
 from kvtransfer.transport import Broken, Deliver, Parcel, Unavailable
 
 Socket = zmq.Socket[bytes]
@@ -42,6 +42,7 @@ class ShmSender:
     """See :class:`kvtransfer.transport.Sender`."""
 
     stretch = 8
+    wraps = False
 
     def __init__(self, socket: Socket, address: bytes, reader: Process) -> None:
         self._socket = socket
@@ -55,7 +56,7 @@ class ShmSender:
 
     def send(self, parcel: Parcel, digest: int) -> None:
         piece = parcel.piece
-        message = parcel.header(at=piece.at, skip=parcel.skip, heads=piece.rows.shape[2], digest=digest)
+        message = parcel.header(at=piece.at, skip=parcel.skip, heads=piece.shape[2], digest=digest)
         self._socket.send_multipart([self._address, wire.encode(message)])
 
     def close(self) -> None:
@@ -86,14 +87,15 @@ class ShmReceiver:
     """See :class:`kvtransfer.transport.Receiver`."""
 
     def __init__(self, memory: memoryview, deliver: Deliver) -> None:
-        self._memory: torch.Tensor | None = torch.frombuffer(memory, dtype=torch.uint8)
+        self._memory: memoryview | None = memory
+        self._address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
         self._deliver = deliver
 
     def receive(
         self, message: wire.Blocks, shape: wire.Shape, heads: tuple[int, int], frames: Sequence[zmq.Frame]
     ) -> None:
         if self._memory is not None:
-            self._deliver(message, rows_at(self._memory, message, shape, heads))
+            self._deliver(message, rows_at(self._memory, self._address, message, shape, heads))
 
     def skip(self, message: wire.Blocks) -> None:
         """Nothing is left anywhere."""
@@ -126,18 +128,20 @@ class ShmConsumer:
         self._maps.clear()
 
 
-def rows_at(memory: torch.Tensor, message: wire.Blocks, shape: wire.Shape, heads: tuple[int, int]) -> Any:
-    """The rows a message names in a producer's staging, as a strided view.
+def rows_at(
+    memory: memoryview, address: int, message: wire.Blocks, shape: wire.Shape, heads: tuple[int, int]
+) -> Rows:
+    """The rows a message names in a producer's staging, which is mapped at ``address``.
 
     Raises:
         KvWireError: they are not inside the memory.
     """
     count = message.skip + message.count
     nbytes = shape.layers * count * shape.heads * shape.row_bytes
-    inside = 0 <= message.at <= memory.numel() - nbytes and message.skip >= 0 and message.count >= 1
+    inside = 0 <= message.at <= memory.nbytes - nbytes and message.skip >= 0 and message.count >= 1
     if not inside or message.heads != shape.heads:
-        raise wire.KvWireError(f"{nbytes} bytes at {message.at} are not in the arena of {memory.numel()}")
-    rows = memory[message.at : message.at + nbytes].view(shape.layers, count, shape.heads, shape.row_bytes)
-    if message.skip == 0 and heads == (0, shape.heads):
-        return rows
-    return rows[:, message.skip :, heads[0] : heads[1]]
+        raise wire.KvWireError(f"{nbytes} bytes at {message.at} are not in the arena of {memory.nbytes}")
+    block = shape.heads * shape.row_bytes
+    offset = message.at + message.skip * block + heads[0] * shape.row_bytes
+    layout = (shape.layers, message.count, heads[1] - heads[0], shape.row_bytes)
+    return Rows(memory, address, offset, layout, count * block, block)

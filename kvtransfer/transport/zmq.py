@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import msgspec
-import torch
 import zmq
 
 from kvtransfer import wire
+from kvtransfer.rows import Rows, address_of, packed
 from kvtransfer.transport import Broken, Deliver, Parcel, Unavailable
 
 Socket = zmq.Socket[bytes]
@@ -32,6 +31,7 @@ class ZmqSender:
 
     outlives = False
     stretch = 1
+    wraps = True
 
     def __init__(self, socket: Socket, address: bytes) -> None:
         self._socket = socket
@@ -44,9 +44,9 @@ class ZmqSender:
 
     def send(self, parcel: Parcel, digest: int) -> None:
         header = wire.encode(parcel.header(digest=digest))
-        payload = memoryview(parcel.rows.contiguous().numpy()).cast("B")
-        address = self._addresses[next(self._turn) % len(self._addresses)]
-        self._socket.send_multipart([address, header, payload], copy=False)
+        self._socket.send(self._addresses[next(self._turn) % len(self._addresses)], zmq.SNDMORE)
+        self._socket.send(header, zmq.SNDMORE)
+        self._socket.send(parcel.wrap(), copy=False)
 
     def close(self) -> None:
         """Nothing is held; what ZMQ has queued goes with the connection."""
@@ -81,7 +81,7 @@ class ZmqReceiver:
     ) -> None:
         if len(frames) != 1:
             raise wire.KvWireError(f"{len(frames)} payload frames, expected 1")
-        self._deliver(message, rows_of(frames[0].buffer, message, shape, heads[1] - heads[0]))
+        self._deliver(message, rows_of(frames[0], message, shape, heads[1] - heads[0]))
 
     def skip(self, message: wire.Blocks) -> None:
         """Nothing is left anywhere."""
@@ -128,17 +128,16 @@ class ZmqConsumer:
         """The sockets are the consumer's."""
 
 
-def rows_of(payload: memoryview, message: wire.Blocks, shape: wire.Shape, heads: int) -> Any:
+def rows_of(payload: zmq.Frame, message: wire.Blocks, shape: wire.Shape, heads: int) -> Rows:
     """A payload as ``[layers, count, heads, row_bytes]``.
 
     Raises:
         KvWireError: the length is not that of the message's blocks.
     """
-    expected = shape.layers * message.count * heads * shape.row_bytes
-    if message.count < 1 or payload.nbytes != expected or message.nbytes != expected:
-        raise wire.KvWireError(f"payload of {payload.nbytes} bytes, expected {expected}")
-    rows = torch.frombuffer(payload, dtype=torch.uint8)
-    return rows.view(shape.layers, message.count, heads, shape.row_bytes)
+    nbytes, expected = len(payload), shape.layers * message.count * heads * shape.row_bytes
+    if message.count < 1 or nbytes != expected or message.nbytes != expected:
+        raise wire.KvWireError(f"payload of {nbytes} bytes, expected {expected}")
+    return packed(payload, address_of(payload), (shape.layers, message.count, heads, shape.row_bytes))
 
 
 def _terms(data: bytes) -> Terms:

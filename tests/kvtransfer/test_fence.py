@@ -33,14 +33,17 @@ def loop() -> Iterator[Loop]:
     loop.stop()
 
 
-def test_calls_come_in_order_on_the_loop_and_a_failed_copy_stops_none(loop: Loop) -> None:
+def test_calls_come_in_order_with_the_loop_held_and_a_failed_copy_stops_none(loop: Loop) -> None:
     waiter = Waiter(loop, "test-waiter")
-    seen: list[tuple[int, bool, str]] = []
+    seen: list[tuple[int, bool]] = []
+    beside: list[str] = []
     done = threading.Event()
     fences = [Copies(), Copies(RuntimeError("device lost")), Copies()]
 
     def note(number: int, well: bool) -> None:
-        seen.append((number, well, threading.current_thread().name))
+        loop.call_at_once(partial(beside.append, f"during {number}"))  # would run now if nobody held the loop
+        seen.append((number, well))
+        beside.append(f"end of {number}")
         if number == 2:
             done.set()
 
@@ -50,4 +53,7 @@ def test_calls_come_in_order_on_the_loop_and_a_failed_copy_stops_none(loop: Loop
         fence.passed.set()
     assert done.wait(10)
     waiter.stop()
-    assert seen == [(0, True, "test-fence"), (1, False, "test-fence"), (2, True, "test-fence")]
+    loop.stop()
+    assert seen == [(0, True), (1, False), (2, True)]
+    for number in range(3):
+        assert beside.index(f"end of {number}") < beside.index(f"during {number}")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import zmq
@@ -69,7 +70,10 @@ def test_a_handler_that_raises_does_not_end_the_loop(loop: Loop) -> None:
         done = threading.Event()
 
         def handler() -> None:
-            got.append(inside.recv())
+            try:
+                got.append(inside.recv(zmq.NOBLOCK))
+            except zmq.Again:
+                return
             if len(got) == 1:
                 raise RuntimeError("first message")
             done.set()
@@ -102,6 +106,112 @@ def test_what_is_polled_is_called_while_it_is_busy_and_may_raise(loop: Loop) -> 
     loop.start()
     assert done.wait(DEADLINE_S)
     loop.stop()
+
+
+def test_a_call_at_once_runs_where_it_is_made(loop: Loop) -> None:
+    loop.start()
+    assert _here(loop, lambda: None)
+
+
+def test_a_call_at_once_waits_for_who_holds_the_loop_and_for_the_calls_before_it(loop: Loop) -> None:
+    holds, go_on, done = threading.Event(), threading.Event(), threading.Event()
+    ran: list[tuple[str, int]] = []
+
+    def hold() -> None:
+        holds.set()
+        assert go_on.wait(DEADLINE_S)
+
+    def note(name: str) -> None:
+        ran.append((name, threading.get_ident()))
+        if name == "third":
+            done.set()
+
+    loop.start()
+    loop.call_soon(hold)
+    assert holds.wait(DEADLINE_S)
+    loop.call_soon(lambda: note("first"))
+    loop.call_at_once(lambda: note("second"))
+    loop.call_soon(lambda: note("third"))
+    assert ran == []
+    go_on.set()
+    assert done.wait(DEADLINE_S)
+    assert ran == [(name, loop.ident) for name in ("first", "second", "third")]
+
+
+def test_a_call_at_once_does_not_overtake_one_that_the_loop_has_not_begun(loop: Loop) -> None:
+    wait, awake, done = loop._wait, threading.Event(), threading.Event()
+    ran: list[str] = []
+
+    def wait_and_linger(due: float) -> list[int]:
+        found = wait(due)
+        assert awake.wait(DEADLINE_S)
+        return found
+
+    loop._wait = wait_and_linger  # type: ignore[method-assign]
+    loop.start()
+    assert _here(loop, lambda: None)
+    loop.call_soon(lambda: ran.append("first"))
+    loop.call_at_once(lambda: ran.append("second"))
+    loop.call_soon(done.set)
+    assert ran == []
+    awake.set()
+    assert done.wait(DEADLINE_S)
+    assert ran == ["first", "second"]
+
+
+def test_a_call_at_once_before_the_start_runs_after_it_and_after_the_stop_never(loop: Loop) -> None:
+    ran: list[int] = []
+    loop.call_at_once(lambda: ran.append(1))
+    assert ran == []
+    loop.start()
+    loop.stop()
+    loop.call_at_once(lambda: ran.append(2))
+    assert ran == [1]
+
+
+@pytest.mark.callbacks_may_fail
+def test_a_call_at_once_that_raises_lets_go_of_the_loop(loop: Loop) -> None:
+    loop.start()
+    assert _here(loop, lambda: 1 / 0)
+    assert _here(loop, lambda: None)
+
+
+def test_what_a_call_at_once_finds_readable_is_handled_though_its_descriptor_is_silent(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvtransfer.loop.TICK_S", DEADLINE_S)
+    with zmq.Context() as context:
+        inside, outside = _pipe(context)
+        got = threading.Event()
+        loop.add(inside, _taking(inside, got))
+        loop._poller.modify(int(inside.getsockopt(zmq.FD)), 0)
+        loop.start()
+
+        def take_the_signal() -> None:
+            outside.send(b"1")
+            assert inside.poll(int(1000 * DEADLINE_S))
+
+        assert _here(loop, lambda: None)  # it has woken up for the socket, and sleeps
+        assert _here(loop, take_the_signal)
+        assert got.wait(DEADLINE_S / 2)
+        loop.call_soon(take_the_signal)  # the same on the loop's own thread
+        got.clear()
+        assert got.wait(DEADLINE_S / 2)
+        loop.stop()
+        outside.close(linger=0)
+
+
+def test_a_socket_added_by_a_call_at_once_is_waited_for(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvtransfer.loop.TICK_S", DEADLINE_S)
+    with zmq.Context() as context:
+        inside, outside = _pipe(context)
+        got = threading.Event()
+        loop.start()
+        assert _here(loop, lambda: loop.add(inside, _taking(inside, got)))
+        outside.send(b"1")
+        assert got.wait(DEADLINE_S / 2)
+        loop.stop()
+        outside.close(linger=0)
 
 
 def test_stop_runs_what_was_queued_and_closes_the_sockets() -> None:
@@ -147,6 +257,36 @@ def test_no_descriptor_is_left_behind() -> None:
     for _ in range(5):
         once()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def _taking(socket: zmq.Socket[bytes], got: threading.Event) -> Callable[[], None]:
+    def take() -> None:
+        with contextlib.suppress(zmq.Again):
+            socket.recv(zmq.NOBLOCK)
+            got.set()
+
+    return take
+
+
+def _here(loop: Loop, call: Callable[[], object]) -> bool:
+    """Make a call at once when the loop has nothing to do, so that it runs on this thread."""
+    me = threading.get_ident()
+    for _ in range(1000):
+        ran: list[int] = []
+        settled = threading.Event()
+
+        def run(ran: list[int] = ran, settled: threading.Event = settled) -> None:
+            if threading.get_ident() != me:
+                settled.set()
+                return
+            ran.append(me)
+            call()
+
+        loop.call_at_once(run)
+        if ran:
+            return True
+        assert settled.wait(DEADLINE_S)
+    return False
 
 
 def _pipe(context: zmq.Context[zmq.Socket[bytes]]) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
