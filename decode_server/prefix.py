@@ -109,10 +109,11 @@ class Prefixes:
         blocks = self.blocks_of(len(prompt.tokens) + 1)
         if n * len(prompt.tokens) <= self._engine.chunk or n == 1 or blocks > self._capacity:
             return Held(None, record)
-        held = Held(f"i{next(self._names)}", record, blocks)
+        name = f"i{next(self._names)}"
+        held = Held(name, record, blocks)
         await self._take(blocks)
         try:
-            held.cached = await compute(held.name or "")
+            held.cached = await compute(name)
         except BaseException:
             self.release(held)
             raise
