@@ -70,7 +70,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     how.add_argument("--patience-s", type=float, default=300.0, help="such waiting in the whole run, at most")
     how.add_argument("--seed", type=int, default=0, help="of the block ids")
     how.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="folder of the result")
-    return parser.parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    return parser.parse_args(given, argparse.Namespace(command=given))
 
 
 def size(text: str) -> int:
@@ -185,8 +186,10 @@ class Run:
             "benchmark": "kvtransfer",
             "started": self.started.isoformat(timespec="seconds"),
             "ended_by": self.ended_by,
-            "command": ["python", "-m", "benchmarks.kvtransfer", *sys.argv[1:]],
-            "arguments": {key: str(value) for key, value in vars(self.args).items() if key != "out"},
+            "command": ["python", "-m", "benchmarks.kvtransfer", *self.args.command],
+            "arguments": {
+                key: str(value) for key, value in vars(self.args).items() if key not in ("out", "command")
+            },
             "layout": self.layout.public() | {"block_bytes": self.layout.block_bytes},
             "machine": self.machine,
             "versions": self._versions(),
@@ -207,8 +210,10 @@ class Run:
     def _names(self) -> dict[str, str]:
         """What stands in the result for this machine's paths."""
         folders = {f"{Path(p).parent}/": "" for p in (self.site.python, self.site.peer_python)}
+        out = {str(self.args.out): "OUT"} if self.args.out.is_absolute() else {}
         return {
             **folders,
+            **out,
             str(Path(self.args.peer_python).parent): "PEER",
             str(self.site.run_dir): "RUN_DIR",
             str(ROOT): "BRAID",
