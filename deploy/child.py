@@ -1,9 +1,9 @@
 """Run a command that ends when its launcher does: ``python deploy/child.py LAUNCHER_PID NICE COMMAND...``
 
 Its niceness is raised by NICE, with the whole session's where the kernel shares cores out by sessions
-(autogroups). The command gets SIGTERM when the launcher dies, however it dies (``PR_SET_PDEATHSIG`` survives the
-exec); one that doesn't end by it is :mod:`deploy.guard`'s. Standard library only and run as a file, so
-that it starts in milliseconds. Linux only.
+(autogroups). The command gets SIGTERM when the launcher dies, however it dies (``PR_SET_PDEATHSIG``
+survives the exec); one that doesn't end by it is :mod:`deploy.guard`'s. Standard library only and run as
+a file, so that it starts in milliseconds. Linux only.
 """
 
 from __future__ import annotations
