@@ -38,6 +38,8 @@ SMALL = "demo-small"
 PORTS = (20_000, 32_000)
 """Below the range that Linux takes ports of outgoing connections from."""
 POLL_S = 0.25
+CPU_ENGINE_NICE = 5
+"""Niceness of engines that compute on the router's cores: what is due, or comes in, waits for no step."""
 WORKER_END_S = 8.0
 """Time for a worker to end once the router has drained; one that still loads doesn't hear SIGTERM."""
 
@@ -113,6 +115,7 @@ class Plan:
     role: Role
     argv: tuple[str, ...]
     env: Mapping[str, str]
+    nice: int = 0
 
 
 class Cluster:
@@ -336,7 +339,8 @@ class Cluster:
         if settings.max_model_len is not None:
             engine += ["--max-model-len", str(settings.max_model_len)]
         argv = self._command(role, (*flags, "--", *engine, *self.engine_args))
-        return Plan(name, role, argv, {**self._engine_env(model), **seat.env})
+        nice = 0 if self._hardware.gpus else CPU_ENGINE_NICE
+        return Plan(name, role, argv, {**self._engine_env(model), **seat.env}, nice)
 
     def _simulated(self, link: str) -> Plan:
         """All workers, simulated in one process."""
@@ -384,7 +388,7 @@ class Cluster:
         child = Path(__file__).with_name("child.py")
         with log.open(mode) as output:
             process = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(child), str(os.getpid()), *plan.argv],
+                [sys.executable, "-I", "-S", str(child), str(os.getpid()), str(plan.nice), *plan.argv],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -227,8 +227,9 @@ class App:
             await self._serve(call, label, _Claim(n * job.prompts, tenant, priority), work, entry)
             return
         call.trace.note(strategy=strategy.spec.name, n=n)
-        claim = _Claim(strategy.slots, tenant, priority, reasoning.due(call, strategy))
-        if request.stream and (found := streamed(strategy.spec, strategy.options, job, call.received)):
+        until = call.due(strategy.options.deadline_s)
+        claim = _Claim(strategy.slots, tenant, priority, until)
+        if request.stream and (found := streamed(strategy.spec, strategy.options, job, until)):
             self.metrics.strategies.labels(strategy.spec.name).inc()
             work = plain.run(self.cluster, call, found[0], True, entry, found[1])
         else:

@@ -61,10 +61,12 @@ class Streamed:
 _IDENTITY = ("id", "object", "created", "model")
 
 
-def streamed(spec: StrategySpec, options: Options, job: Job, received: float) -> tuple[Job, Streamed] | None:
+def streamed(
+    spec: StrategySpec, options: Options, job: Job, until: float | None
+) -> tuple[Job, Streamed] | None:
     """A ``direct``, or an ``auto`` that chooses it, as a plain job; None if it is another strategy.
 
-    ``budget_tokens`` bounds what is generated, ``deadline_s`` counts from ``received``.
+    ``budget_tokens`` bounds what is generated, ``until`` is when the answer is due.
     """
     body, told = job.body, Json(strategy=spec.name, group=job.group)
     if isinstance(options, auto.AutoOptions):
@@ -77,5 +79,5 @@ def streamed(spec: StrategySpec, options: Options, job: Job, received: float) ->
         return None
     if options.budget_tokens is not None:
         body = capped(body, options.budget_tokens)
-    until = job.deadline if options.deadline_s is None else min(job.deadline, received + options.deadline_s)
-    return replace(job, body=body, deadline=until), Streamed(options, told)
+    deadline = job.deadline if until is None else min(job.deadline, until)
+    return replace(job, body=body, deadline=deadline), Streamed(options, told)

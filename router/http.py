@@ -52,6 +52,8 @@ _NOT_TO_WORKERS = _HOP_BY_HOP | {
 }
 _NOT_TO_CLIENTS = _HOP_BY_HOP | {"date", "server", "x-request-id"}
 _REFUSED = "x-data-parallel-rank"
+REPLY_S = 0.02
+"""Part of a deadline that is left for the reply to be worded and sent; a tenth of a short one."""
 _HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 
 
@@ -96,6 +98,11 @@ class Call:
             self.request_id = check_request_id(given)
         if (wanted := self.header("x-braid-group")) is not None:
             check_group(wanted)
+
+    def due(self, seconds: float | None) -> float | None:
+        """When an answer leaves that the client is to have ``seconds`` after it asked, on the event loop's
+        clock: a little sooner, as it has a way to go."""
+        return None if seconds is None else self.received + seconds - min(REPLY_S, seconds / 10)
 
     def begin_group(self) -> str:
         """The id of the group that answers, the client's own or a new one; the reply carries it."""

@@ -99,17 +99,12 @@ def prepare(
     return Prepared(spec, options, options.slots)
 
 
-def due(call: Call, prepared: Prepared) -> float | None:
-    """When the answer is due, on the event loop's clock: ``deadline_s`` after the request's receipt."""
-    seconds = prepared.options.deadline_s
-    return None if seconds is None else call.received + seconds
-
-
 async def run(cluster: Cluster, call: Call, job: Job, prepared: Prepared, stream: bool, entry: Entry) -> None:
     """Answer ``call`` with what the strategy makes of it, and tell ``entry`` of it; raises
     :class:`braid.errors.BraidError`."""
     cluster.metrics.strategies.labels(prepared.spec.name).inc()
-    until, options = due(call, prepared), prepared.options
+    options = prepared.options
+    until = call.due(options.deadline_s)
     if until is not None:
         left = max(_LEAST_S, until - asyncio.get_running_loop().time())
         options = options.model_copy(update={"deadline_s": left})

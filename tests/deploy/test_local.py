@@ -19,6 +19,7 @@ from rich.console import Console
 
 from deploy import guard
 from deploy.local import (
+    CPU_ENGINE_NICE,
     Cluster,
     ClusterError,
     Model,
@@ -70,15 +71,24 @@ FAILING = "import sys; sys.exit('No module named \\'vllm\\'')"
 class FakeCluster(Cluster):
     """A cluster whose processes run the given programs."""
 
-    def __init__(self, run_dir: Path, programs: dict[str, str] | None = None, port: int = 0) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        programs: dict[str, str] | None = None,
+        port: int = 0,
+        nice: dict[str, int] | None = None,
+    ) -> None:
         super().__init__(UpSettings(run_dir=run_dir, port=port), hardware=Hardware((0, 1)))
         self._programs = programs or {"router": ROUTER, "decode-0": SLEEPER}
+        self._nice = nice or {}
 
     def plans(self, link: str) -> list[Plan]:
         found = []
         for name, program in self._programs.items():
             role: Role = "router" if name == "router" else "decode"
-            found.append(Plan(name, role, (sys.executable, "-c", program, str(self.port)), {}))
+            found.append(
+                Plan(name, role, (sys.executable, "-c", program, str(self.port)), {}, self._nice.get(name, 0))
+            )
         return found
 
 
@@ -465,3 +475,32 @@ def test_a_cache_is_of_whole_gibibytes() -> None:
     """vLLM reads an integer: half of one ended every engine at its start."""
     with pytest.raises(ValidationError, match="kv_cache_gib"):
         UpSettings(kv_cache_gib=0.5)  # type: ignore[arg-type]
+
+
+def test_engines_on_the_routers_cores_give_way_to_it(tmp_path: Path) -> None:
+    cluster = FakeCluster(tmp_path, nice={"decode-0": 3})
+    with cluster:
+        router, engine = cluster.pids["router"], cluster.pids["decode-0"]
+        own = os.getpriority(os.PRIO_PROCESS, 0)
+        until(lambda: os.getpriority(os.PRIO_PROCESS, engine) == own + 3)
+        assert os.getpriority(os.PRIO_PROCESS, router) == own
+        if Path("/proc/self/autogroup").exists():
+            until(lambda: autogroup(engine).endswith("nice 3"))
+            assert autogroup(router) != autogroup(engine)
+
+
+def autogroup(pid: int) -> str:
+    """The group that the kernel schedules a session as, and its niceness."""
+    return Path(f"/proc/{pid}/autogroup").read_text().strip()
+
+
+def test_engines_on_a_cpu_are_nice_and_those_on_a_gpu_are_not(tmp_path: Path) -> None:
+    settings = UpSettings(run_dir=tmp_path)
+    nices = {
+        gpus: {
+            plan.role: plan.nice for plan in Cluster(settings, hardware=Hardware((0, 1), gpus)).plans("link")
+        }
+        for gpus in (0, 2)
+    }
+    assert nices[0] == {"router": 0, "prefill": CPU_ENGINE_NICE, "decode": CPU_ENGINE_NICE}
+    assert set(nices[2].values()) == {0}
