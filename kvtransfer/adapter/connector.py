@@ -51,6 +51,9 @@ from kvtransfer.adapter.worker import WorkerSide
 
 log = logging.getLogger("braid.kvtransfer")
 
+WORKER_YIELD_S = 0.002
+"""How long a Worker on a CPU looks for its next step without sleeping: EngineCore takes half of it."""
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -87,7 +90,7 @@ class BraidConnector(KVConnectorBase_V1, SupportsHMA):
         self.sliceable = sliceable(vllm_config, kv_cache_config)
         die_with_parent()
         if current_platform.is_cpu():
-            ease_waiting()
+            ease_waiting(yield_s=0.0 if role == KVConnectorRole.SCHEDULER else WORKER_YIELD_S)
         configure(f"{self.options.name}/{role.name.lower()}")
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+
+from kvtransfer.adapter import futex
+from kvtransfer.rows import address_of
 
 TOUCHPOINTS = (
     "vllm.v1.engine.core.EngineCore.scheduler",
@@ -21,6 +26,9 @@ TOUCHPOINTS = (
     "vllm.v1.sample.sampler.batched_count_greater_than",
     "vllm.v1.sample.ops.topk_topp_sampler.compiled_random_sample",
     "vllm.distributed.device_communicators.shm_broadcast.SpinCondition.wait",
+    "vllm.distributed.device_communicators.shm_broadcast.MessageQueue.acquire_read",
+    "vllm.distributed.device_communicators.shm_broadcast.MessageQueue.acquire_write",
+    "vllm.distributed.device_communicators.shm_broadcast.ShmRingBuffer.get_metadata",
 )
 _PR_SET_PDEATHSIG = 1
 
@@ -36,25 +44,54 @@ def die_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def ease_waiting(yield_s: float = 0.0003, sleep_s: float = 0.0003) -> None:
-    """Let readers of vLLM's shared-memory queues sleep between looks, on the CPU.
+def ease_waiting(yield_s: float = 0.0, look_s: float = 0.005) -> None:
+    """Let readers of vLLM's shared-memory queues sleep until something is written, on the CPU.
 
     They spin for a second after each message: a Worker that has nothing to do and an EngineCore that
-    waits for a step take a core each, from the model, the server and the transfers. Here a reader
-    yields for ``yield_s`` after a message, then looks every ``sleep_s``; after the second it waits for
-    the queue's ping, as before.
+    waits for a step take a core each, from the model, the server and the transfers. Here a reader yields for
+    ``yield_s`` after a message (a Worker between two steps: its core stays awake), then waits on a futex in
+    the queue's own memory, which every write wakes. It looks every ``look_s`` all the same: the word may
+    change and change back. After the second it waits for the queue's ping, as before.
     """
-    from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
+    from vllm.distributed.device_communicators.shm_broadcast import MessageQueue, SpinCondition
 
-    wait = SpinCondition.wait
+    read, write, wait = MessageQueue.acquire_read, MessageQueue.acquire_write, SpinCondition.wait
+
+    def acquire_read(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self._spin_condition.queue = self
+        return read(self, *args, **kwargs)
+
+    @contextlib.contextmanager
+    def acquire_write(self: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        index = self.current_idx
+        with write(self, *args, **kwargs) as buffer:
+            yield buffer
+        futex.wake(_flag(self.buffer, index))
 
     def eased(self: Any, timeout_ms: int | None = None) -> None:
-        if yield_s < time.monotonic() - self.last_read <= self.busy_loop_s:
-            time.sleep(sleep_s)
-        else:
+        queue = getattr(self, "queue", None)  # none if somebody waited before this was here
+        if queue is None or not yield_s < time.monotonic() - self.last_read <= self.busy_loop_s:
             wait(self, timeout_ms)
+            return
+        word = _flag(queue.buffer, queue.current_idx)
+        seen = futex.value(word)
+        with queue.buffer.get_metadata(queue.current_idx) as flags:
+            ready = flags[0] and not flags[queue.local_reader_rank + 1]
+        if not ready:
+            futex.wait(word, seen, look_s)
 
-    SpinCondition.wait = eased
+    if futex.AVAILABLE:
+        MessageQueue.acquire_read, MessageQueue.acquire_write = acquire_read, acquire_write
+        SpinCondition.wait = eased
+
+
+def _flag(ring: Any, index: int) -> int:
+    """Address of the aligned word that holds the flag which says that a chunk is written."""
+    start: int = getattr(ring, "braid_start", 0)
+    if not start:
+        start = ring.braid_start = address_of(ring.shared_memory.buf)
+    offset: int = ring.metadata_offset + index * ring.metadata_size
+    return (start + offset) & ~3
 
 
 def guard_seeded_chunks() -> None:

@@ -210,7 +210,7 @@ def make(monkeypatch: pytest.MonkeyPatch, side: str = "SCHEDULER", specs: Any = 
         "warm_sampler",
         "install_utilities",
     ):
-        monkeypatch.setattr(connector, effect, lambda *args: None)
+        monkeypatch.setattr(connector, effect, lambda *args, **kwargs: None)
     degrees = dict.fromkeys(PARALLEL, 1)
     config = {**degrees, "enable_prefix_caching": True, "cache_dtype": "auto", **dict.fromkeys(KINDS, False)}
     config |= {name: changes.pop(name) for name in list(changes) if name in config}
