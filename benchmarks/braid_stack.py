@@ -30,6 +30,7 @@ def launch_braid(
         *("--model", str(settings.model), "--served-model-name", "demo", "--run-dir", str(cluster_dir)),
         *("--dtype", settings.dtype, "--max-model-len", str(settings.max_model_len)),
         *("--chunk", str(settings.chunk_tokens), "--kv-cache-gib", str(settings.kv_cache_gib)),
+        *("--engine-nice", "0"),  # as every other stack's
         *extra,
     ]
     launch = Launch("braid", argv, {**braid_env(settings), **env})

@@ -38,8 +38,6 @@ SMALL = "demo-small"
 PORTS = (20_000, 32_000)
 """Below the range that Linux takes ports of outgoing connections from."""
 POLL_S = 0.25
-CPU_ENGINE_NICE = 5
-"""Niceness of engines that compute on the router's cores: what is due, or comes in, waits for no step."""
 WORKER_END_S = 8.0
 """Time for a worker to end once the router has drained; one that still loads doesn't hear SIGTERM."""
 
@@ -76,6 +74,9 @@ class UpSettings(ProcessSettings):
     run_dir: Path = Field(Path("run"), description="folder of logs and of cluster.json")
     start_timeout_s: float = Field(300.0, gt=0, description="longest wait until the cluster is ready")
     drain_s: float = Field(30.0, ge=0, description="on Ctrl-C, time for running requests to end")
+    engine_nice: int = Field(
+        5, ge=0, le=19, description="niceness of engines on CPUs: what the router has due waits for no step"
+    )
 
     @model_validator(mode="after")
     def _models(self) -> UpSettings:
@@ -339,7 +340,7 @@ class Cluster:
         if settings.max_model_len is not None:
             engine += ["--max-model-len", str(settings.max_model_len)]
         argv = self._command(role, (*flags, "--", *engine, *self.engine_args))
-        nice = 0 if self._hardware.gpus else CPU_ENGINE_NICE
+        nice = 0 if self._hardware.gpus else settings.engine_nice
         return Plan(name, role, argv, {**self._engine_env(model), **seat.env}, nice)
 
     def _simulated(self, link: str) -> Plan:

@@ -64,6 +64,7 @@ class Dispatch:
     cost: int
     inbox: Inbox | None
     owner: Any
+    single: bool = False
     ended: bool = False
     abandoned_at: float = 0.0
 
@@ -198,10 +199,12 @@ class Link:
 
     def open(self, worker: Worker, cost: int, inbox: Inbox, owner: Any, single: bool = False) -> Dispatch:
         """Enter a dispatch into the table and count ``cost`` slots of its worker until it ends."""
-        dispatch = Dispatch(next(self._refs), worker, cost, inbox, owner)
+        dispatch = Dispatch(next(self._refs), worker, cost, inbox, owner, single)
         self._table[dispatch.ref] = dispatch
         worker.inflight += cost
-        worker.newcomers += single
+        if single:
+            worker.newcomers += 1
+            worker.single_at = time.monotonic()
         return dispatch
 
     def abandon(self, dispatch: Dispatch) -> None:
@@ -315,6 +318,8 @@ class Link:
     def _end(self, dispatch: Dispatch) -> None:
         dispatch.ended = True
         dispatch.worker.inflight -= dispatch.cost
+        if dispatch.single:
+            dispatch.worker.single_at = time.monotonic()
         del self._table[dispatch.ref]
 
     def _on_lost(self, worker: Worker, reason: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +18,11 @@ _RETIRED = 64
 
 Watcher = Callable[["Worker", str], None]
 """Called once with the worker and a short reason when the worker is gone."""
+
+
+CALM_S = 1.5
+"""Seconds without a single request after which a worker is taken for one that runs groups at full width; a
+little less than the workers' own ``calm_s``."""
 
 
 class HelloRefused(ValueError):
@@ -32,6 +39,7 @@ class Worker:
         since: monotonic time of its registration.
         inflight: samples (decode) or prompts (prefill) that the router sent it and that have not ended.
         newcomers: single requests that it was sent since its last heartbeat.
+        single_at: monotonic time when it was last sent one, or one of its ended.
         spoke: it has said something since it was registered.
         quiet: it is connected, and has said nothing for some heartbeats.
         watchers: told once when it is gone.
@@ -46,6 +54,7 @@ class Worker:
     gone: bool = False
     inflight: int = 0
     newcomers: int = 0
+    single_at: float = -math.inf
     spoke: bool = False
     quiet: bool = False
     watchers: set[Watcher] = field(default_factory=set)
@@ -77,8 +86,10 @@ class Worker:
     @property
     def crowd(self) -> int:
         """Sequences that a single request would share its steps with: those that ran at the last heartbeat,
-        and the single requests since. Samples of groups are not among these: beside single requests, few of
-        them are let in at a time."""
+        and the single requests since. Beside single requests few samples of groups are let in at a time;
+        where there has been none for :data:`CALM_S`, all that the worker was given run, or will."""
+        if time.monotonic() - self.single_at > CALM_S:
+            return max(self.beat.running, self.inflight)
         return self.beat.running + self.newcomers
 
 

@@ -19,7 +19,6 @@ from rich.console import Console
 
 from deploy import guard
 from deploy.local import (
-    CPU_ENGINE_NICE,
     Cluster,
     ClusterError,
     Model,
@@ -495,12 +494,12 @@ def autogroup(pid: int) -> str:
 
 
 def test_engines_on_a_cpu_are_nice_and_those_on_a_gpu_are_not(tmp_path: Path) -> None:
-    settings = UpSettings(run_dir=tmp_path)
+    settings = UpSettings(run_dir=tmp_path, engine_nice=7)
     nices = {
         gpus: {
             plan.role: plan.nice for plan in Cluster(settings, hardware=Hardware((0, 1), gpus)).plans("link")
         }
         for gpus in (0, 2)
     }
-    assert nices[0] == {"router": 0, "prefill": CPU_ENGINE_NICE, "decode": CPU_ENGINE_NICE}
+    assert nices[0] == {"router": 0, "prefill": 7, "decode": 7}
     assert set(nices[2].values()) == {0}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,14 @@ async def test_single_requests_count_until_a_heartbeat_tells_what_runs(make_stan
     await d0.send(wire.Beat(running=5))
     await stand.until(lambda: worker.beat.running == 5)
     assert worker.crowd == 5
-    await d0.send(*(wire.Body(one.ref, b"", end=True) for one in opened))
+    assert time.monotonic() - worker.single_at < 60
+    sent = worker.single_at
+    await d0.send(wire.Body(opened[1].ref, b"", end=True))
+    await stand.until(lambda: opened[1].ended)
+    assert worker.single_at == sent  # that one was a group's
+    await d0.send(*(wire.Body(one.ref, b"", end=True) for one in (opened[0], opened[2])))
+    await stand.until(lambda: opened[2].ended)
+    assert worker.single_at > sent
 
 
 async def test_a_worker_that_hangs_is_lost_and_rejoins(make_stand: MakeStand) -> None:

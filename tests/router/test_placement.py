@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import time
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -10,12 +13,15 @@ from router.placement import divide, place
 from router.registry import Worker
 
 
-def worker(role: wire.Role, name: str, inflight: int = 0, slots: int = 8, running: int = 0) -> Worker:
+def worker(
+    role: wire.Role, name: str, inflight: int = 0, slots: int = 8, running: int = 0, calm: bool = False
+) -> Worker:
     hello = wire.Hello(
         wire.PROTOCOL, role, name, 1, ("demo",), 2048, 32, slots, "f", "0.32.0", ("tcp://127.0.0.1:1",)
     )
     beat = wire.Beat(running=running)
-    return Worker(name.encode(), hello, 0.0, 0.0, beat, inflight=inflight)
+    single_at = -math.inf if calm else time.monotonic() + 3600
+    return Worker(name.encode(), hello, 0.0, 0.0, beat, inflight=inflight, single_at=single_at)
 
 
 def always(prefill: Worker, decode: Worker) -> bool:
@@ -42,6 +48,16 @@ def test_a_single_request_goes_where_the_fewest_run() -> None:
         plan = place(decoders, prefillers, always, 1, spread, single=True)  # type: ignore[arg-type]
         assert plan.shares[0].worker.name == "d0"
         assert place(decoders, prefillers, always, 1, spread).shares[0].worker.name == "d1"  # type: ignore[arg-type]
+
+
+def test_groups_run_at_full_width_where_no_single_request_was_of_late() -> None:
+    """So one goes there only if they are few, though the last heartbeat was before they came."""
+    narrow = worker("decode", "d0", inflight=80, slots=128, running=9)
+    wide = worker("decode", "d1", inflight=64, slots=128, running=0, calm=True)
+    few = worker("decode", "d1", inflight=4, slots=128, running=0, calm=True)
+    for other, chosen in ((wide, "d0"), (few, "d1")):
+        plan = place([narrow, other], [worker("prefill", "p0")], always, 1, "pack", single=True)
+        assert plan.shares[0].worker.name == chosen
 
 
 def test_single_requests_between_two_heartbeats_do_not_all_go_to_one() -> None:
