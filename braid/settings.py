@@ -311,7 +311,7 @@ class DecodeSettings(WorkerSettings):
         0,
         ge=0,
         description="most samples of groups that run while single requests are about "
-        "(0: a sixteenth of what the engine runs at a time)",
+        "(0: an eighth of what the engine runs at a time)",
     )
     calm_s: float = Field(
         2.0, ge=0, le=600, description="seconds without a single request after which groups may take all"
@@ -319,7 +319,7 @@ class DecodeSettings(WorkerSettings):
 
     def width_of(self, slots: int) -> int:
         """``group_width`` on an engine that runs ``slots`` sequences at a time."""
-        return self.group_width or max(1, slots // 16)
+        return self.group_width or max(1, slots // 8)
 
 
 def _require_keys(keys_dir: Path | None, endpoint: str) -> None:
