@@ -15,6 +15,8 @@ import pytest
 from benchmarks import guard
 from benchmarks.process import GuardedProcess, Launch, LaunchError, free_ports, replace_all
 
+pytestmark = pytest.mark.slow
+
 # Starts a child in a session of its own, as servers do that detach their workers, and tells both pids.
 PARENT = """
 import os, subprocess, sys

@@ -81,6 +81,7 @@ def queue(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
         end.shutdown()
 
 
+@pytest.mark.slow
 def test_messages_arrive_in_order_and_waiting_for_them_takes_no_core(queue: SimpleNamespace) -> None:
     def read(reader: object) -> tuple[list[int], float, float]:
         busy, since = time.thread_time(), time.monotonic()
@@ -97,6 +98,7 @@ def test_messages_arrive_in_order_and_waiting_for_them_takes_no_core(queue: Simp
             assert busy < wall / 4
 
 
+@pytest.mark.slow
 def test_a_queues_words_lie_on_its_flags(queue: SimpleNamespace) -> None:
     from kvtransfer.adapter.guards import _flag
 
