@@ -27,11 +27,11 @@ import httpx
 import msgspec
 
 from benchmarks.guard import descendants
+from benchmarks.kept import RESULTS, keep, show
 from benchmarks.machine import describe_machine, package_versions
 from braid.lines import alines
 from deploy.local import Cluster, UpSettings
 
-ROOT = Path(__file__).resolve().parents[1]
 REFERENCES = 40
 LENGTHS = (8, 40, 400, 1500, 3000)
 TOKENS = 32
@@ -253,8 +253,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--clients", type=int, default=6)
     parser.add_argument("--fault-every-s", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)  # an hour later would be too late to find that it can't be
     begun = datetime.now(UTC)
     with tempfile.TemporaryDirectory(prefix="soak-", ignore_cleanup_errors=True) as folder:
         settings = UpSettings(prefill=1, decode=2, port=0, run_dir=Path(folder), start_timeout_s=600)
@@ -269,10 +270,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "versions": package_versions(sys.executable),
         **found,
     }
-    path = args.out / f"soak-{begun:%Y%m%d-%H%M%S}.json"
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
-    shown = {key: value for key, value in found.items() if key != "rss"}
-    print(f"result: {path}", msgspec.json.format(msgspec.json.encode(shown), indent=1).decode(), sep="\n")
+    print(f"result: {keep(result, 'soak', args.out / f'soak-{begun:%Y%m%d-%H%M%S}.json')}")
+    show(found, {"rss"})
     return 1 if found["wrong"] or found["held_at_the_end"] else 0
 
 
