@@ -143,18 +143,31 @@ class Soak:
                 os.killpg(self.cluster.pids[name], signal.SIGCONT)
                 continue
             self.faults[f"killed {name}"] += 1
-            os.killpg(self.cluster.pids[name], signal.SIGKILL)
-            while name not in self.cluster.ended():
-                await asyncio.sleep(0.1)
-            self.cluster.respawn(name)
-            await self.until(lambda: self.is_ready(len(workers)), BACK_S)
+            await self.restart(name)
 
-    async def is_ready(self, workers: int) -> bool:
+    async def restart(self, name: str) -> None:
+        """Kill a worker and start it again; returns when the router has it back."""
+
+        async def gone() -> bool:
+            return name not in await self.ready()
+
+        async def back() -> bool:
+            return name in await self.ready()
+
+        os.killpg(self.cluster.pids[name], signal.SIGKILL)
+        while name not in self.cluster.ended():
+            await asyncio.sleep(0.1)
+        await self.until(gone, BACK_S)  # the router may not have seen it yet
+        self.cluster.respawn(name)
+        await self.until(back, BACK_S)
+
+    async def ready(self) -> set[str]:
+        """Names of the workers that the router would use."""
         try:
             state = (await self.client.get("/cluster")).json()
         except httpx.HTTPError:
-            return False
-        return len([w for w in state["workers"] if w["state"] == "ready"]) == workers
+            return set()
+        return {w["worker"] for w in state["workers"] if w["state"] == "ready"}
 
     async def watch(self, until: float) -> None:
         while time.monotonic() < until:

@@ -300,20 +300,26 @@ class App:
         async with turn:
             self.metrics.accepted.labels(endpoint).inc()
             outcome = "failed"
+            why: dict[str, Any] = {}
             try:
                 await work
                 outcome = call.outcome
+                if outcome == "failed":
+                    why = {"status": call.status}
             except (ClientGone, asyncio.CancelledError):
                 outcome = "cancelled"
                 raise
+            except BraidError as error:
+                why = {"status": error.status, "error": error.label, "detail": error.message}
+                raise
             finally:
-                self._ended(call, endpoint, outcome)
+                self._ended(call, endpoint, outcome, why)
 
-    def _ended(self, call: Call, endpoint: str, outcome: str) -> None:
+    def _ended(self, call: Call, endpoint: str, outcome: str, why: dict[str, Any]) -> None:
         seconds = asyncio.get_running_loop().time() - call.received
         self.metrics.requests.labels(endpoint, outcome).inc()
         self.metrics.duration.labels(endpoint).observe(seconds)
-        fields = {"endpoint": endpoint, "outcome": outcome, "seconds": round(seconds, 4)}
+        fields = {"endpoint": endpoint, "outcome": outcome, "seconds": round(seconds, 4), **why}
         log.info("request", extra={**_named(call), **fields})
 
     # The state of the router

@@ -1,14 +1,16 @@
-"""The result of a soak is kept where the command line says; the soak itself is run by hand."""
+"""The parts of a soak that are not the soak, which is run by hand."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 
 from benchmarks import soak
@@ -51,3 +53,46 @@ def test_a_folder_that_cannot_be_made_is_found_before_the_run(
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(FileExistsError):
         soak.main(["--out", str(tmp_path / "file")])
+
+
+class SlowRouter:
+    """Stands for a router that sees deaths and arrivals two looks late, and for its cluster."""
+
+    url = "http://router"
+
+    def __init__(self) -> None:
+        self.pids = {"decode-0": 123, "decode-1": 124}
+        self.alive = True
+        self.unseen = self.coming = 0
+
+    def kill(self, pid: int, signal: int) -> None:
+        assert pid == 123
+        self.alive, self.unseen = False, 2
+
+    def ended(self) -> dict[str, int]:
+        return {} if self.alive else {"decode-0": -9}
+
+    def respawn(self, name: str) -> None:
+        self.alive, self.coming = True, 2
+
+    def page(self, request: httpx.Request) -> httpx.Response:
+        ready = ["decode-1"]
+        if self.unseen:
+            self.unseen -= 1
+            ready.append("decode-0")
+        elif self.alive and not self.coming:
+            ready.append("decode-0")
+        elif self.alive:
+            self.coming -= 1
+        return httpx.Response(200, json={"workers": [{"worker": w, "state": "ready"} for w in ready]})
+
+
+async def test_the_next_fault_waits_until_a_killed_worker_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster: Any = SlowRouter()
+    monkeypatch.setattr(os, "killpg", cluster.kill)
+    run = soak.Soak(cluster, 0)
+    async with httpx.AsyncClient(transport=httpx.MockTransport(cluster.page), base_url=cluster.url) as client:
+        run.client = client
+        await run.restart("decode-0")
+    assert cluster.alive
+    assert (cluster.unseen, cluster.coming) == (0, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 from braid import wire
 from router.auth import Keys
 from tests.router.conftest import CHAT, LONG_S, MakeStand, Stand, chat
-from tests.router.fake_worker import REMOTE, FakeWorker, answer_at_gate
+from tests.router.fake_worker import REMOTE, FakeWorker, answer_at_gate, decode_fails, silent
 
 
 @pytest.fixture
@@ -193,3 +194,20 @@ async def test_a_model_known_but_gone_is_a_503(stand: Stand) -> None:
     await stand.until(lambda: stand.app.registry.models() == ["demo"])
     assert (await stand.post(CHAT, chat(model="other"))).status_code == 503
     assert (await stand.post(CHAT, chat(model="never"))).status_code == 404
+
+
+async def test_the_log_line_of_a_failed_request_says_why(
+    stand: Stand, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, decode = await stand.workers(decode=decode_fails(400))
+    with caplog.at_level(logging.INFO, "braid.router"):
+        assert (await stand.post(CHAT, chat())).status_code == 400
+        decode.script = silent
+        asked = asyncio.create_task(stand.post(CHAT, chat()))
+        await decode.expect(wire.Decode, 2)
+        await decode.die()
+        assert (await asked).status_code == 503
+    refused, failed = [vars(record) for record in caplog.records if record.getMessage() == "request"]
+    assert (refused["outcome"], refused["status"]) == ("failed", 400)
+    assert (failed["outcome"], failed["status"], failed["error"]) == ("failed", 503, "unavailable")
+    assert failed["detail"]
