@@ -194,8 +194,8 @@ def test_what_a_call_at_once_finds_readable_is_handled_though_its_descriptor_is_
         assert _here(loop, lambda: None)  # it has woken up for the socket, and sleeps
         assert _here(loop, take_the_signal)
         assert got.wait(DEADLINE_S / 2)
-        loop.call_soon(take_the_signal)  # the same on the loop's own thread
         got.clear()
+        loop.call_soon(take_the_signal)  # the same on the loop's own thread
         assert got.wait(DEADLINE_S / 2)
         loop.stop()
         outside.close(linger=0)
