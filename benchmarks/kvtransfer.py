@@ -25,6 +25,7 @@ from typing import Any
 
 import msgspec
 
+from benchmarks import awake
 from benchmarks.handover import interpreter, progress
 from benchmarks.kv_contenders import NAMES, UCX_ENV, Contender, Site, contenders
 from benchmarks.kv_layout import Layout
@@ -32,7 +33,7 @@ from benchmarks.kv_link import ROOT
 from benchmarks.kv_report import TransferRecord, best_modes, figures, quiet, transfer_table
 from benchmarks.machine import LoadMeter, describe_machine, package_versions
 from benchmarks.measure import describe
-from benchmarks.process import replace_all
+from benchmarks.process import GuardedProcess, Launch, replace_all
 from braid.settings import PrefillSettings
 
 CONGESTION_CONTROL = Path("/proc/sys/net/ipv4/tcp_congestion_control")
@@ -68,6 +69,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     how.add_argument("--nixl-threads", type=int, default=0, help="UCX worker threads of a NIXL agent")
     how.add_argument("--quiet-cores", type=float, default=0.25, help="a turn waits until others use no more")
     how.add_argument("--patience-s", type=float, default=300.0, help="such waiting in the whole run, at most")
+    how.add_argument("--awake", action="store_true", help="no core halts meanwhile (benchmarks/awake.py)")
     how.add_argument("--seed", type=int, default=0, help="of the block ids")
     how.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="folder of the result")
     given = list(sys.argv[1:] if argv is None else argv)
@@ -115,11 +117,15 @@ class Run:
         self.machine = describe_machine() | {"congestion_control": CONGESTION_CONTROL.read_text().strip()}
         self.records: list[TransferRecord] = []
         self.patience_s: float = args.patience_s
+        self.awake: GuardedProcess | None = None
         self.ended_by = ""
 
     def measure(self) -> None:
         """Start, warm and verify everybody, then the repeats. What ends them early is kept and raised."""
         try:
+            if self.args.awake:
+                launch = Launch("awake", [sys.executable, "-S", awake.__file__])
+                self.awake = GuardedProcess(launch, self.site.run_dir)
             for contender in self.contenders:
                 contender.start()
                 with contender.turn():
@@ -137,6 +143,8 @@ class Run:
     def stop(self) -> None:
         for contender in self.contenders:
             contender.stop()
+        if self.awake is not None:
+            self.awake.stop()
 
     def _order(self, repeat: int) -> list[Contender]:
         """Each contender is first as often as any other."""
@@ -166,7 +174,9 @@ class Run:
 
     def _cpu_seconds(self) -> float:
         workers = {id(worker): worker for contender in self.contenders for worker in contender.workers}
-        return sum(worker.process.cpu_seconds() for worker in workers.values())
+        processes = [worker.process for worker in workers.values()]
+        processes += [self.awake] if self.awake is not None else []
+        return sum(process.cpu_seconds() for process in processes)
 
     def _wait_for_quiet(self) -> None:
         while self.patience_s > 0:
