@@ -29,6 +29,7 @@ from typing import Any, get_args
 import msgspec
 
 from benchmarks.braid_stack import ROOT, launch_braid
+from benchmarks.kept import RESULTS, folder
 from benchmarks.machine import describe_machine, package_versions
 from benchmarks.measure import (
     FanoutRecord,
@@ -110,9 +111,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     how.add_argument(
         "--run-dir", type=absolute, help="folder for the stacks' logs (default: one that is removed)"
     )
-    how.add_argument(
-        "--out", type=Path, default=ROOT / "benchmarks/results", help="folder of the JSON result"
-    )
+    how.add_argument("--out", type=folder, default=RESULTS, help="folder of the JSON result")
     return parser.parse_args(argv)
 
 
@@ -211,7 +210,6 @@ class Run:
         """Write the result with every path of this machine replaced."""
         text = msgspec.json.encode(self.result()).decode()
         text = msgspec.json.format(replace_all(text, self.names), indent=1)
-        self.args.out.mkdir(parents=True, exist_ok=True)
         path: Path = self.args.out / f"handover-{self.started:%Y%m%d-%H%M%S}.json"
         path.write_text(text + "\n")
         return path

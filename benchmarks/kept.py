@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -10,6 +11,17 @@ from typing import Any
 import msgspec
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def folder(path: str) -> Path:
+    """An option that names the folder of a result: made now, as it is too late to find out at the end that it
+    can't be. Raises argparse.ArgumentTypeError."""
+    found = Path(path)
+    try:
+        found.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{path} can't be a folder ({error.strerror}): name one") from None
+    return found
 
 
 def keep(found: Mapping[str, Any], benchmark: str, out: Path | None, indent: int = 1) -> Path:

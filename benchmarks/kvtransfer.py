@@ -27,6 +27,7 @@ import msgspec
 
 from benchmarks import awake
 from benchmarks.handover import interpreter, progress
+from benchmarks.kept import RESULTS, folder
 from benchmarks.kv_contenders import NAMES, UCX_ENV, Contender, Site, contenders
 from benchmarks.kv_layout import Layout
 from benchmarks.kv_link import ROOT
@@ -71,7 +72,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     how.add_argument("--patience-s", type=float, default=300.0, help="such waiting in the whole run, at most")
     how.add_argument("--awake", action="store_true", help="no core halts meanwhile (benchmarks/awake.py)")
     how.add_argument("--seed", type=int, default=0, help="of the block ids")
-    how.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="folder of the result")
+    how.add_argument("--out", type=folder, default=RESULTS, help="folder of the result")
     given = list(sys.argv[1:] if argv is None else argv)
     return parser.parse_args(given, argparse.Namespace(command=given))
 
@@ -233,7 +234,6 @@ class Run:
         """Write the result with every path of this machine replaced."""
         text = msgspec.json.encode(self.result()).decode()
         text = msgspec.json.format(replace_all(text, self._names()), indent=1)
-        self.args.out.mkdir(parents=True, exist_ok=True)
         path: Path = self.args.out / f"kvtransfer-{self.started:%Y%m%d-%H%M%S}.json"
         path.write_text(text + "\n")
         return path

@@ -29,6 +29,7 @@ import msgspec
 from benchmarks.accuracy import Problem, final_number, problems
 from benchmarks.braid_stack import ROOT, launch_braid
 from benchmarks.handover import absolute, interpreter, progress
+from benchmarks.kept import RESULTS, folder
 from benchmarks.machine import Load, LoadMeter, describe_machine, package_versions
 from benchmarks.measure import Pace, SideBySide, describe
 from benchmarks.process import replace_all
@@ -111,7 +112,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     how.add_argument("--quiet-cores", type=float, default=0.25, help="see benchmarks.handover")
     how.add_argument("--patience-s", type=float, default=60.0, help="seconds of waiting for a quiet machine")
     how.add_argument("--run-dir", type=absolute, help="folder of logs (default: one that is removed)")
-    how.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="folder of the result")
+    how.add_argument("--out", type=folder, default=RESULTS, help="folder of the result")
     return parser.parse_args(argv)
 
 
@@ -273,7 +274,6 @@ class Run:
     def save(self) -> Path:
         """Write the result with every path of this machine replaced."""
         text = replace_all(msgspec.json.encode(self.result()).decode(), self.names)
-        self.args.out.mkdir(parents=True, exist_ok=True)
         path: Path = self.args.out / f"reasoning-peers-{self.started:%Y%m%d-%H%M%S}.json"
         path.write_text(msgspec.json.format(text, indent=1) + "\n")
         return path

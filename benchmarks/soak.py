@@ -27,7 +27,7 @@ import httpx
 import msgspec
 
 from benchmarks.guard import descendants
-from benchmarks.kept import RESULTS, keep, show
+from benchmarks.kept import RESULTS, folder, keep, show
 from benchmarks.machine import describe_machine, package_versions
 from braid.lines import alines
 from deploy.local import Cluster, UpSettings
@@ -266,12 +266,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--clients", type=int, default=6)
     parser.add_argument("--fault-every-s", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
+    parser.add_argument("--out", type=folder, default=RESULTS, help="folder of the result")
     args = parser.parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)  # an hour later would be too late to find that it can't be
     begun = datetime.now(UTC)
-    with tempfile.TemporaryDirectory(prefix="soak-", ignore_cleanup_errors=True) as folder:
-        settings = UpSettings(prefill=1, decode=2, port=0, run_dir=Path(folder), start_timeout_s=600)
+    with tempfile.TemporaryDirectory(prefix="soak-", ignore_cleanup_errors=True) as run_dir:
+        settings = UpSettings(prefill=1, decode=2, port=0, run_dir=Path(run_dir), start_timeout_s=600)
         with Cluster(settings, []) as cluster:
             soak = Soak(cluster.wait_ready(), args.seed)
             found = asyncio.run(soak.run(args.minutes, args.clients, args.fault_every_s))

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from benchmarks import soak
+from benchmarks import handover, kvtransfer, reasoning_peers, soak
 
 
 class EndedRun:
@@ -46,13 +46,15 @@ def test_a_result_is_kept_in_a_folder_that_was_not_there(
     assert str(path) in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("benchmark", [handover, kvtransfer, reasoning_peers, soak])
 def test_a_folder_that_cannot_be_made_is_found_before_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    benchmark: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(soak, "Cluster", lambda *_: pytest.fail("started a cluster"))
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(FileExistsError):
-        soak.main(["--out", str(tmp_path / "file")])
+    needed = ["--model", "nowhere"] if benchmark is handover else []
+    with pytest.raises(SystemExit):
+        benchmark.main([*needed, "--out", str(tmp_path / "file")])
+    assert "can't be a folder (File exists): name one" in capsys.readouterr().err
 
 
 class SlowRouter:
