@@ -118,7 +118,7 @@ class Run:
         self.machine = describe_machine() | {"congestion_control": CONGESTION_CONTROL.read_text().strip()}
         self.records: list[TransferRecord] = []
         self.patience_s: float = args.patience_s
-        self.awake: GuardedProcess | None = None
+        self.keepers: list[GuardedProcess] = []
         self.ended_by = ""
 
     def measure(self) -> None:
@@ -126,7 +126,7 @@ class Run:
         try:
             if self.args.awake:
                 launch = Launch("awake", [sys.executable, "-S", awake.__file__])
-                self.awake = GuardedProcess(launch, self.site.run_dir)
+                self.keepers.append(GuardedProcess(launch, self.site.run_dir))
             for contender in self.contenders:
                 contender.start()
                 with contender.turn():
@@ -144,8 +144,8 @@ class Run:
     def stop(self) -> None:
         for contender in self.contenders:
             contender.stop()
-        if self.awake is not None:
-            self.awake.stop()
+        for keeper in self.keepers:
+            keeper.stop()
 
     def _order(self, repeat: int) -> list[Contender]:
         """Each contender is first as often as any other."""
@@ -175,8 +175,7 @@ class Run:
 
     def _cpu_seconds(self) -> float:
         workers = {id(worker): worker for contender in self.contenders for worker in contender.workers}
-        processes = [worker.process for worker in workers.values()]
-        processes += [self.awake] if self.awake is not None else []
+        processes = (*(worker.process for worker in workers.values()), *self.keepers)
         return sum(process.cpu_seconds() for process in processes)
 
     def _wait_for_quiet(self) -> None:
