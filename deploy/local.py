@@ -29,7 +29,7 @@ from pydantic import Field, model_validator
 
 from braid.settings import Names, ProcessSettings
 from deploy.guard import Guard
-from deploy.placement import Hardware, Seat, seats
+from deploy.placement import Hardware, Seat, decode_workers, seats
 
 Role = Literal["router", "prefill", "decode", "sim"]
 LOOPBACK = "127.0.0.1"
@@ -51,7 +51,9 @@ class UpSettings(ProcessSettings):
         "vllm", description="what computes; `sim`: nothing does, all workers are simulated in one process"
     )
     prefill: int = Field(1, ge=1, description="prefill workers")
-    decode: int = Field(2, ge=1, description="decode workers")
+    decode: int | None = Field(
+        None, ge=1, description="decode workers (default: 2, or 1 where they would share a core or a GPU)"
+    )
     port: int = Field(8000, ge=0, le=65535, description="HTTP port of the router (0: any free one)")
     model: str = Field("", description="model folder or name (default: the demo model)")
     served_model_name: str = Field("", description="name clients use (default: the model's folder name)")
@@ -177,6 +179,17 @@ class Cluster:
         return settings.served_model_name or (Path(settings.model).name if settings.model else default)
 
     @property
+    def decode(self) -> int:
+        """Decode workers of the first model."""
+        settings = self.settings
+        if settings.decode is not None:
+            return settings.decode
+        if settings.engine == "sim":
+            return 2
+        further = len(settings.also) * (2 if settings.also_prefill else 1)
+        return decode_workers(self._hardware, settings.prefill + further)
+
+    @property
     def pids(self) -> dict[str, int]:
         """Process id of each process by name (``router``, ``prefill-0``, ``decode-0``...); each leads
         a process group with its engine."""
@@ -216,7 +229,7 @@ class Cluster:
             router += ["--local-models", ",".join(local)] if local else []
         found = [Plan("router", "router", self._command("router", router), {})]
         prefill = [first] * settings.prefill + (others if settings.also_prefill else [])
-        decode = [first] * settings.decode + others
+        decode = [first] * self.decode + others
         placed = seats(self._hardware, len(prefill), len(decode))
         pools: tuple[tuple[Role, list[Model]], ...] = ("prefill", prefill), ("decode", decode)
         engines = [(role, number, model) for role, pool in pools for number, model in enumerate(pool)]
@@ -347,7 +360,7 @@ class Cluster:
         """All workers, simulated in one process."""
         settings = self.settings
         flags = ["--router", link, "--worker", "sim", "--served-model-name", self.model]
-        flags += ["--prefill", str(settings.prefill), "--decode", str(settings.decode)]
+        flags += ["--prefill", str(settings.prefill), "--decode", str(self.decode)]
         flags += ["--sim-chunk", str(settings.chunk), "--drain-s", str(settings.drain_s)]
         if settings.max_model_len is not None:
             flags += ["--sim-max-model-len", str(settings.max_model_len)]
@@ -360,7 +373,7 @@ class Cluster:
         settings = self.settings
         if settings.engine != "sim":
             return set(self.children) - {"router"}
-        counts = {"prefill": settings.prefill, "decode": settings.decode}
+        counts = {"prefill": settings.prefill, "decode": self.decode}
         return {f"sim-{role}-{i}" for role, count in counts.items() for i in range(count)}
 
     def _command(self, role: Role, flags: Sequence[str]) -> tuple[str, ...]:

@@ -42,6 +42,14 @@ def seats(hardware: Hardware, prefill: int, decode: int) -> list[Seat]:
     ]
 
 
+def decode_workers(hardware: Hardware, others: int) -> int:
+    """How many decode workers to start beside ``others`` engines if nobody says: two, to spread groups over,
+    where each engine has a GPU or a core of its own. Two that share a core generate a twentieth more than one
+    (``benchmarks/results/fairness-20261122-*-clone.json``), and each makes the other's streams slower.
+    """
+    return 2 if others + 2 <= (hardware.gpus or len(hardware.cores)) else 1
+
+
 def split_cores(cores: Sequence[int], prefill: int, decode: int) -> list[tuple[int, ...]]:
     """Cores for each engine, the prefill workers' first.
 

@@ -33,7 +33,7 @@ def test_engine_flags_after_the_dashes_are_passed_on(command: str, kind: type) -
 def test_up_has_a_default_for_everything() -> None:
     parsed = cli.parse(["up"])
     assert isinstance(parsed.settings, UpSettings)
-    assert (parsed.settings.prefill, parsed.settings.decode, parsed.settings.port) == (1, 2, 8000)
+    assert (parsed.settings.prefill, parsed.settings.decode, parsed.settings.port) == (1, None, 8000)
 
 
 @pytest.mark.parametrize("command", ["ask", "batch", "bench", "eval", "keys"])

@@ -356,13 +356,32 @@ def plans(tmp_path: Path, hardware: Hardware, *engine_args: str, **fields: objec
 
 
 def test_the_plan_on_cpus(tmp_path: Path) -> None:
-    found = plans(tmp_path, Hardware((0, 1)), "--max-num-seqs", "8")
+    found = plans(tmp_path, Hardware((0, 1)), "--max-num-seqs", "8", decode=2)
     assert list(found) == ["router", "prefill-0", "decode-0", "decode-1"]
     engine = " ".join(found["decode-1"].argv)
     assert "--served-model-name demo" in engine
     assert "--dtype float32 --max-num-batched-tokens 512 --enforce-eager --max-num-seqs 8" in engine
     assert found["decode-1"].env["VLLM_CPU_OMP_THREADS_BIND"] == "1"
     assert found["decode-1"].env["HF_HUB_OFFLINE"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("cores", "fields", "workers"),
+    [
+        (2, {}, 1),
+        (3, {}, 2),
+        (3, {"also": ["org/other"]}, 1),
+        (5, {"also": ["org/other"], "also_prefill": True}, 2),
+        (4, {"also": ["org/other"], "also_prefill": True}, 1),
+        (2, {"engine": "sim"}, 2),
+        (2, {"decode": 3}, 3),
+    ],
+)
+def test_unasked_a_second_decode_worker_starts_where_it_shares_no_core(
+    tmp_path: Path, cores: int, fields: dict[str, object], workers: int
+) -> None:
+    settings = UpSettings.model_validate({"run_dir": tmp_path, **fields})
+    assert Cluster(settings, hardware=Hardware(tuple(range(cores)))).decode == workers
 
 
 def test_the_plan_on_gpus(tmp_path: Path) -> None:
@@ -385,7 +404,7 @@ ALSO = ["demo/small=little", "org/other"]
 
 
 def test_each_further_model_has_a_decode_worker_and_computes_its_prompts(tmp_path: Path) -> None:
-    found = plans(tmp_path, Hardware((0, 1)), also=ALSO)
+    found = plans(tmp_path, Hardware((0, 1)), also=ALSO, decode=2)
     assert list(found) == ["router", "prefill-0", "decode-0", "decode-1", "decode-2", "decode-3"]
     router = " ".join(found["router"].argv)
     assert "--model-order little,other,demo" in router

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deploy.placement import Hardware, count_gpus, seats, split_cores
+from deploy.placement import Hardware, count_gpus, decode_workers, seats, split_cores
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,16 @@ def test_prefill_and_decode_share_no_core(cores: int, prefill: int, decode: int)
     assert len(split) == prefill + decode
     assert all(split)
     assert not {c for s in first for c in s} & {c for s in second for c in s}
+
+
+@pytest.mark.parametrize(
+    ("cores", "gpus", "others", "workers"),
+    [(1, 0, 1, 1), (2, 0, 1, 1), (3, 0, 1, 2), (4, 0, 3, 1), (64, 0, 1, 2), (64, 1, 1, 1), (1, 3, 1, 2)],
+)
+def test_a_second_decode_worker_has_a_core_or_gpu_of_its_own(
+    cores: int, gpus: int, others: int, workers: int
+) -> None:
+    assert decode_workers(Hardware(tuple(range(cores)), gpus), others) == workers
 
 
 def test_a_cpu_seat_binds_threads() -> None:
