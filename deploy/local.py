@@ -186,8 +186,8 @@ class Cluster:
             return settings.decode
         if settings.engine == "sim":
             return 2
-        further = len(settings.also) * (2 if settings.also_prefill else 1)
-        return decode_workers(self._hardware, settings.prefill + further)
+        others = settings.prefill + len(settings.also) * (2 if settings.also_prefill else 1)
+        return decode_workers(self._hardware, others)
 
     @property
     def pids(self) -> dict[str, int]:
