@@ -190,12 +190,12 @@ def check_cores(cores: set[int]) -> Check:
 
 
 def check_memory(meminfo: Path) -> Check:
-    """Memory that is available now, for one prefill and two decode engines."""
+    """Memory that is available now, for the two or three engines of `braid up`."""
     lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
     gib = int(lines["MemAvailable"].split()[0]) / 2**20
     if gib >= MIN_MEMORY_GIB:
         return Check("memory", "ok", f"{gib:.1f} GiB available")
-    advice = "Start fewer engines: braid up --decode 1"
+    advice = "Free some, or start the fewest engines: braid up --decode 1"
     return Check(
         "memory", "warn", f"{gib:.1f} GiB available, {MIN_MEMORY_GIB:g} wanted by `braid up`", advice
     )

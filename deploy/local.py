@@ -672,7 +672,7 @@ def advice(log: str) -> str:
     for pattern, text in (
         ("No module named 'vllm'", "The engine is not installed: run `make install`."),
         ("ddress already in use", "A port is taken: stop what uses it, or choose another one with --port."),
-        ("memory", "If memory is short, start fewer engines: --decode 1."),
+        ("memory", "If memory is short, free some, or start the fewest engines: --decode 1."),
     ):
         if pattern in log:
             return text
