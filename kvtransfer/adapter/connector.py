@@ -40,6 +40,7 @@ from kvtransfer.adapter.guards import (
     guard_drafts,
     guard_seeded_chunks,
     rank_without_compiler,
+    sample_at_once,
     warm_sampler,
 )
 from kvtransfer.adapter.imports import Imports
@@ -98,13 +99,14 @@ class BraidConnector(KVConnectorBase_V1, SupportsHMA):
         if role == KVConnectorRole.SCHEDULER:
             self._scheduler = SchedulerSide(self.options, [info.blocking for info in self.groups])
             install_utilities()
+            if current_platform.is_cpu():
+                sample_at_once()
         else:
             guard_seeded_chunks()
             if current_platform.is_cpu():
                 guard_drafts()
                 rank_without_compiler()
-                if self.options.role == "decode":
-                    warm_sampler(vllm_config.model_config.get_vocab_size())
+                warm_sampler(vllm_config.model_config.get_vocab_size())
 
     @property
     def requires_kv_delivery(self) -> bool:

@@ -7,6 +7,7 @@ import ctypes
 import os
 import signal
 import time
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +20,8 @@ TOUCHPOINTS = (
     "vllm.v1.engine.core.EngineCore.scheduler",
     "vllm.v1.engine.core.EngineCore.request_block_hasher",
     "vllm.v1.engine.core.EngineCore.vllm_config",
+    "vllm.v1.engine.core.EngineCore.step",
+    "vllm.v1.engine.core.EngineCore.step_with_batch_queue",
     "vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorBase_V1._kv_cache_config",
     "vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorBase_V1._vllm_config",
     "vllm.v1.worker.gpu_model_runner.GPUModelRunner._sample",
@@ -83,6 +86,26 @@ def ease_waiting(yield_s: float = 0.0, look_s: float = 0.005) -> None:
     if futex.AVAILABLE:
         MessageQueue.acquire_read, MessageQueue.acquire_write = acquire_read, acquire_write
         SpinCondition.wait = eased
+
+
+def sample_at_once() -> None:
+    """Have a Worker on a CPU sample as soon as it has the logits.
+
+    Where vLLM does not schedule ahead, EngineCore asks for a step, waits for its answer, and then asks for
+    the samples: between the two the Worker waits for it. Here it asks for both and waits once, as it does
+    where it schedules ahead.
+    """
+    from vllm.v1.engine.core import EngineCore
+
+    queued = EngineCore.step_with_batch_queue
+
+    def step(self: Any) -> tuple[Any, bool]:
+        if self.batch_queue is None:
+            self.batch_queue, self.batch_queue_size = deque(maxlen=1), 1
+        outputs, executed = queued(self)
+        return outputs or {}, executed
+
+    EngineCore.step = step
 
 
 def _flag(ring: Any, index: int) -> int:

@@ -186,3 +186,73 @@ def test_the_sampler_is_compiled_for_one_row_and_for_more(monkeypatch: pytest.Mo
     monkeypatch.setattr(topk_topp_sampler, "compiled_random_sample", sample)
     warm_sampler(9)
     assert drawn == [((1, 9), True), ((2, 9), True)]
+
+
+@pytest.fixture(name="core")
+def engine_core(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """EngineCore with a request, over an executor that notes what it is asked and when it is awaited."""
+    from contextlib import nullcontext
+
+    from vllm.v1.engine.core import EngineCore
+
+    from kvtransfer.adapter.guards import sample_at_once
+
+    monkeypatch.setattr(EngineCore, "step", EngineCore.step)
+    sample_at_once()
+    notes: list[str] = []
+
+    class Asked:
+        def __init__(self, name: str) -> None:
+            self.name = name
+            notes.append(f"ask {name}")
+
+        def result(self) -> Any:
+            notes.append(f"wait {self.name}")
+            return None if self.name == "execute" and core.tokens else "output"
+
+    def schedule(_: Any) -> Any:
+        return SimpleNamespace(total_num_scheduled_tokens=core.tokens, pending_structured_output_tokens=False)
+
+    core = EngineCore.__new__(EngineCore)
+    core.tokens, core.notes = 3, notes
+    core.batch_queue, core.batch_queue_size, core.is_mm_encoder_only, core.is_pooling_model = (
+        None,
+        1,
+        False,
+        False,
+    )
+    core.scheduler = SimpleNamespace(
+        has_requests=lambda: True,
+        schedule=schedule,
+        get_grammar_bitmask=lambda _: notes.append("grammar"),
+        update_from_output=lambda _, output: {0: output},
+    )
+    core.model_executor = SimpleNamespace(
+        execute_model=lambda *_, **__: Asked("execute"), sample_tokens=lambda *_, **__: Asked("sample")
+    )
+    core._should_throttle_prefills = lambda: False
+    core.log_error_detail = core.capture_iteration_details = lambda _: nullcontext()
+    core._process_aborts_queue = core._attach_iteration_details = core._attach_weight_version = lambda *_: (
+        None
+    )
+    return core
+
+
+def test_samples_are_asked_for_before_a_step_is_waited_for(core: Any) -> None:
+    for _ in range(2):
+        core.notes.clear()
+        assert core.step() == ({0: "output"}, True)
+        assert core.notes == ["ask execute", "grammar", "ask sample", "wait sample"]
+    assert not core.batch_queue, "nothing is left over that would keep the engine busy"
+
+
+def test_a_step_without_tokens_asks_for_no_samples(core: Any) -> None:
+    core.tokens = 0
+    assert core.step() == ({0: "output"}, False)
+    assert core.notes == ["ask execute", "wait execute"]
+
+
+def test_an_engine_without_requests_has_no_step(core: Any) -> None:
+    core.scheduler.has_requests = lambda: False
+    assert core.step() == ({}, False)
+    assert core.notes == []
