@@ -14,7 +14,9 @@ worker -> router             router -> worker
 until welcomed)
 ``Beat`` every heartbeat     ``Ping`` every heartbeat
 ..                           ``Prefill`` -> P and ``Decode`` -> each D, sent at the same time
-P: one ``PrefillDone``       ``Cancel`` at any time, idempotent
+P: ``First`` where it was    ``First`` -> D, passed on
+asked to draw, and one
+``PrefillDone``              ``Cancel`` at any time, idempotent
 ..                           ``Forget`` -> D when nothing goes on from kept samples
 D: ``Head``, ``Body``... the
 last with ``end`` (mode
@@ -38,7 +40,7 @@ import msgspec
 
 _T = TypeVar("_T")
 
-PROTOCOL = 4
+PROTOCOL = 5
 MAX_FRAME = 64 * 1024 * 1024
 """Upper bound of one frame in bytes."""
 
@@ -170,6 +172,17 @@ class Bye(_Msg, frozen=True, tag="bye"):
     """The worker drains: it ends what it has and takes nothing new."""
 
 
+class First(_Msg, frozen=True, tag="first"):
+    """The token that P drew behind the prompt of a ``Prefill`` with ``draw``; P sends it as soon as it is
+    drawn, the router passes it on to the D whose ``Decode`` is ``drawn``.
+
+    It is the request's first token if D has the prompt's KV in time, and if nothing but temperature,
+    ``top_k``, ``top_p`` and ``min_p`` shapes it; else D draws one itself."""
+
+    ref: int
+    token: int
+
+
 class PrefillDone(_Msg, frozen=True, tag="prefill_done"):
     """P's terminal answer. ``status`` is an HTTP status (200; 499 cancelled); ``body`` is the
     OpenAI-shaped error body if it is not 200."""
@@ -268,6 +281,8 @@ class Prefill(_Msg, frozen=True, tag="prefill"):
     request_id: str
     deadline_s: float
     group: str = ""
+    draw: bool = False
+    """Of a request with one sample: tell its first token (``First``)."""
 
 
 class Decode(_Msg, frozen=True, tag="decode"):
@@ -302,6 +317,8 @@ class Decode(_Msg, frozen=True, tag="decode"):
     """Of a request that runs several samples at a time: they take the seats of groups."""
     priority: int = 0
     """Lower is earlier, in taking seats and where the engine schedules by priority."""
+    drawn: bool = False
+    """P draws the first token of the one sample: a ``First`` comes."""
 
 
 class Lost(_Msg, frozen=True, tag="lost"):
@@ -326,8 +343,8 @@ class Forget(_Msg, frozen=True, tag="forget"):
     names: tuple[str, ...]
 
 
-FromWorker = Hello | Beat | Bye | PrefillDone | Head | Body | Sample | GroupDone
-ToWorker = Welcome | Ping | Prefill | Decode | Lost | Cancel | Forget
+FromWorker = Hello | Beat | Bye | First | PrefillDone | Head | Body | Sample | GroupDone
+ToWorker = Welcome | Ping | Prefill | Decode | First | Lost | Cancel | Forget
 
 _encoder = msgspec.msgpack.Encoder()
 _from_worker: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)

@@ -24,8 +24,10 @@ from braid.worker.seats import DispatchFlow, Seat, Seats
 from braid.worker.source import Source
 from decode_server import beams
 from decode_server.confidence import Confidence
+from decode_server.first import First, begin, drawable, ends, following
 from decode_server.kept import KeptSamples, splice
 from decode_server.logprobs import lighten
+from decode_server.metrics import FIRST
 from decode_server.pieces import Pieces
 from decode_server.prefix import Held, Prefixes
 from decode_server.seeds import sample_seed
@@ -54,6 +56,8 @@ class Job:
         confidence: what it gave, by sample number.
         unspelled: nobody is told the tokens of the samples' log-probabilities.
         beams: engine request ids of the running steps of a beam search; None if it is none.
+        drawn: the first token, where a prefill worker draws it.
+        begins: engine request id of the sample that may begin with it.
         priority: the engine's own, 0 where it knows none.
         pace: of the worker; its samples are measured by it.
     """
@@ -76,6 +80,8 @@ class Job:
     confidence: dict[int, float] = field(default_factory=dict)
     unspelled: bool = False
     beams: set[str] | None = None
+    drawn: First | None = None
+    begins: str = ""
     priority: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -125,10 +131,21 @@ class DecodeLLM(AsyncLLM):
         tokenizer = self.renderer.tokenizer
         return Pieces(lambda token: convert_ids_list_to_tokens(tokenizer, [token])[0], tokenizer.decode)
 
-    async def _add_request(self, request: Any, *args: Any, **options: Any) -> None:
-        """vLLM's own, then the log-probabilities of a sample are not spelled out if only we read them."""
-        await super()._add_request(request, *args, **options)
-        job, state = JOB.get(), self.output_processor.request_states.get(request.request_id)
+    async def _add_request(self, request: Any, prompt: Any, parent_req: Any, index: int, queue: Any) -> None:
+        """vLLM's own, but a sample whose first token was drawn elsewhere begins with it.
+
+        Then the log-probabilities of a sample are not spelled out if only we read them.
+        """
+        job = JOB.get()
+        token = None if job is None else await _first_of(job, request)
+        if token is None:
+            await super()._add_request(request, prompt, parent_req, index, queue)
+        else:
+            self.check_admission(request_id=request.request_id)
+            self.output_processor.add_request(request, prompt, parent_req, index, queue)
+            if begin(self.output_processor, request, token):
+                await self.engine_core.add_request_async(following(request, token))
+        state = self.output_processor.request_states.get(request.request_id)
         if job is not None and job.unspelled and state is not None:
             lighten(state, sum_only=job.watch is None)
 
@@ -234,6 +251,17 @@ class DecodeLLM(AsyncLLM):
         return outputs
 
 
+async def _first_of(job: Job, request: Any) -> int | None:
+    """The token that a request begins with, if a prefill worker has drawn it."""
+    params = request.sampling_params
+    if job.drawn is None or request.external_req_id != job.begins or not drawable(params):
+        return None
+    token = await job.drawn.wait()
+    outcome = "late" if token is None else "end" if ends(params, token) else "taken"
+    FIRST.labels(outcome).inc()
+    return token if outcome == "taken" else None
+
+
 class _Samples:
     """The n requests of one prompt. Leaving :meth:`outputs` aborts those that still run."""
 
@@ -296,6 +324,7 @@ class _Samples:
         try:
             if await job.seat(number):
                 job.samples[number] = engine_id
+                job.begins = engine_id if self._held.name is not None else ""
                 stream = self._llm.plain(self._prompt, self._child_params(i), engine_id, **self._options)
                 began = job.pace.begin(len(self._prompt.get("prompt_token_ids") or ()))
                 watched = Confidence(job.watch) if isinstance(job.watch, wire.Watch) else None

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from prometheus_client import Gauge
+from prometheus_client import Counter, Gauge
 
 from braid.worker.seats import Seats
 
 _WAITING = Gauge("braid_seats_waiting", "Samples that wait for a seat")
 _HELD = Gauge("braid_seats_held", "Samples that hold a seat")
 _GROUPS = Gauge("braid_seats_groups", "Samples of groups that hold a seat")
+FIRST = Counter(
+    "braid_first_tokens",
+    "First tokens that a prefill worker was to draw: taken, late, or an end, which the engine has to find",
+    ["outcome"],
+)
 
 
 def show_seats(seats: Seats) -> None:

@@ -23,6 +23,7 @@ from braid.worker.seats import DispatchFlow, Seats
 from braid.worker.source import Source
 from decode_server import beams
 from decode_server.choices import ChoiceMaker
+from decode_server.first import First
 from decode_server.kept import KeptSamples
 from decode_server.llm import JOB, Job
 from decode_server.metrics import show_seats
@@ -75,6 +76,7 @@ class DecodeService:
         job.priority = message.priority if self._engine.by_priority else 0
         job.watch = message.watch if message.mode == "samples" else None
         job.pace = self._pace
+        job.drawn = First() if message.drawn else None
         job.beams = set() if beams.searches(message.body) else None
         dispatch = self._running[message.ref] = _Dispatch(message, job)
         run = self._run_http
@@ -100,6 +102,11 @@ class DecodeService:
     def lost(self, message: wire.Lost) -> None:
         if (dispatch := self._running.get(message.ref)) is not None:
             dispatch.job.source.change(message.ticket, message.reason)
+
+    def first(self, message: wire.First) -> None:
+        dispatch = self._running.get(message.ref)
+        if dispatch is not None and dispatch.job.drawn is not None:
+            dispatch.job.drawn.tell(message.token)
 
     def forget(self, message: wire.Forget) -> None:
         for name in message.names:

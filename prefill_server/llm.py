@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextvars
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -29,7 +29,8 @@ class Staging(Protocol):
 
 @dataclass(slots=True)
 class Job:
-    """One ``Prefill``: its prompts so far. ``keys`` are those with a lease."""
+    """One ``Prefill``: its prompts so far. ``keys`` are those with a lease. ``on_first`` is set if the token
+    behind its one prompt is wanted, and called with it."""
 
     ticket_id: bytes
     attempt: int
@@ -40,6 +41,7 @@ class Job:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     refusal: str = ""
+    on_first: Callable[[int], None] | None = None
 
 
 JOB: contextvars.ContextVar[Job] = contextvars.ContextVar("job")
@@ -49,8 +51,8 @@ JOB: contextvars.ContextVar[Job] = contextvars.ContextVar("job")
 class PrefillLLM(AsyncLLM):
     """``AsyncLLM`` whose ``generate`` prefills for :data:`JOB`.
 
-    The client's sampling parameters are dropped as a whole, not edited: a seed, ``min_tokens`` or a
-    stop rule has no meaning for a prompt's KV.
+    The client's sampling parameters have no meaning for a prompt's KV, and are dropped as a whole. Where the
+    first token is wanted, it is drawn with those that shape it (:mod:`decode_server.first`).
     """
 
     async def generate(
@@ -66,17 +68,29 @@ class PrefillLLM(AsyncLLM):
             raise Unshareable("only token prompts can be moved")
         job.keys.append(key)
         await job.staging.open(key, shared)
-        params = SamplingParams(
-            max_tokens=1,
-            temperature=0.0,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-            extra_args={"kv_transfer_params": {PARAM: [key.id, key.attempt, key.part]}},
-        )
+        params = SamplingParams(max_tokens=1, temperature=0.0)
+        if job.on_first is not None:
+            params = _drawing(sampling_params)
+        params.detokenize = False
+        params.output_kind = RequestOutputKind.FINAL_ONLY
+        params.extra_args = {"kv_transfer_params": {PARAM: [key.id, key.attempt, key.part]}}
         inner = super().generate(prompt, params, request_id, lora_request=lora_request)
         async for output in inner:
             if output.finished:
+                if job.on_first is not None and output.outputs[0].token_ids:
+                    job.on_first(output.outputs[0].token_ids[0])
                 job.done += 1
                 job.prompt_tokens += len(shared.tokens)
                 job.cached_tokens += output.num_cached_tokens or 0
             yield output
+
+
+def _drawing(client: SamplingParams) -> SamplingParams:
+    """Draw one token as the client wants it drawn."""
+    return SamplingParams(
+        max_tokens=1,
+        temperature=client.temperature,
+        top_p=client.top_p,
+        top_k=client.top_k,
+        min_p=client.min_p,
+    )

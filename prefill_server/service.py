@@ -49,6 +49,8 @@ class PrefillService:
             log.warning("unexpected_dispatch", extra={"ref": message.ref})
             return
         job = Job(message.ticket.id, message.ticket.attempt, self._leases.of(message))
+        if message.draw:
+            job.on_first = lambda token: self._send(wire.First(message.ref, token))
         task = self._jobs[message.ref] = asyncio.create_task(self._run(message, job))
         started = time.monotonic()
         task.add_done_callback(lambda _: self._ended(message, job, task, time.monotonic() - started))
@@ -60,6 +62,9 @@ class PrefillService:
 
     def lost(self, message: wire.Lost) -> None:
         """Nothing: a prefill worker depends on no producer."""
+
+    def first(self, message: wire.First) -> None:
+        """Nothing: a prefill worker draws first tokens itself."""
 
     def forget(self, message: wire.Forget) -> None:
         """Nothing: a prefill worker keeps no samples."""

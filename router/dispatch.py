@@ -274,6 +274,12 @@ class Fanout:
         return [worker for worker in ready if worker is not without]
 
     @property
+    def _draws(self) -> bool:
+        """Whether the prefill worker draws the first token: where one sample is answered as it grows."""
+        job = self.job
+        return job.n == job.prompts == 1 and job.mode == "http"
+
+    @property
     def _divisible(self) -> bool:
         """Whether there is one prompt, whose samples may be divided."""
         return self.job.prompts == 1 and self.job.local != "no_prompt"
@@ -305,6 +311,7 @@ class Fanout:
             self.job.request_id,
             deadline - now,
             self.job.group,
+            draw=self._draws,
         )
         self.cluster.link.send(worker, message)
         return producer
@@ -338,6 +345,7 @@ class Fanout:
             group=self.job.group,
             several=self.job.several,
             priority=self.job.priority,
+            drawn=share.prefill is not None and self._draws,
         )
         self.cluster.link.send(share.worker, message)
 
@@ -347,7 +355,9 @@ class Fanout:
         dispatch, message = event
         owner = dispatch.owner
         if isinstance(owner, Producer):
-            if isinstance(message, wire.PrefillDone):
+            if isinstance(message, wire.First):
+                self._on_first(owner, message)
+            elif isinstance(message, wire.PrefillDone):
                 self._on_prefill_done(owner, message)
             return []
         share: Share = owner
@@ -383,6 +393,11 @@ class Fanout:
                 error = UpstreamFailed("The decode worker could not finish this response.", code="cut")
                 return [(share, msgspec.structs.replace(message, end=False)), (share, Failed(error))]
         return [(share, message)]
+
+    def _on_first(self, producer: Producer, first: wire.First) -> None:
+        for share in self._waiting(producer):
+            if share.dispatch is not None:
+                self.cluster.link.send(share.worker, wire.First(share.dispatch.ref, first.token))
 
     def _on_prefill_done(self, producer: Producer, done: wire.PrefillDone) -> None:
         producer.done = True

@@ -299,7 +299,7 @@ class Link:
     def _deliver(
         self,
         worker: Worker,
-        message: wire.PrefillDone | wire.Head | wire.Body | wire.Sample | wire.GroupDone,
+        message: wire.First | wire.PrefillDone | wire.Head | wire.Body | wire.Sample | wire.GroupDone,
     ) -> None:
         dispatch = self._table.get(message.ref)
         if dispatch is None or dispatch.worker is not worker:

@@ -150,6 +150,9 @@ class DecodeService:
         if (dispatch := self._running.get(message.ref)) is not None:
             dispatch.source.change(message.ticket, message.reason)
 
+    def first(self, message: wire.First) -> None:
+        """Nothing: a simulated prefill worker draws no token."""
+
     def forget(self, message: wire.Forget) -> None:
         for name in message.names:
             self._kept.forget(name)

@@ -74,6 +74,9 @@ class PrefillService:
     def lost(self, message: wire.Lost) -> None:
         """Nothing: a prefill worker depends on no producer."""
 
+    def first(self, message: wire.First) -> None:
+        """Nothing: a prefill worker is told none."""
+
     def forget(self, message: wire.Forget) -> None:
         """Nothing: a prefill worker keeps no samples."""
 

@@ -32,6 +32,9 @@ class Service(Protocol):
     def lost(self, message: wire.Lost) -> None:
         """A ticket's producer is lost; an unknown ref is ignored."""
 
+    def first(self, message: wire.First) -> None:
+        """A producer has drawn the first token; an unknown ref is ignored."""
+
     def forget(self, message: wire.Forget) -> None:
         """Nothing goes on from these kept samples; unknown names are ignored."""
 
@@ -163,6 +166,8 @@ class WorkerLink:
                 self._service.cancel(message)
             case wire.Lost():
                 self._service.lost(message)
+            case wire.First():
+                self._service.first(message)
             case wire.Forget():
                 self._service.forget(message)
 

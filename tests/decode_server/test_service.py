@@ -204,6 +204,7 @@ async def test_single_samples_are_aborted_by_their_engine_request(stand: Stand) 
 async def test_unknown_and_repeated_dispatches_are_ignored(stand: Stand) -> None:
     stand.service.cancel(wire.Cancel(99))
     stand.service.lost(wire.Lost(99, "gone"))
+    stand.service.first(wire.First(99, 8))
     job = stand.start()
     assert stand.start() is job
     ticket = wire.Ticket(b"t", 1, "p0", 1, (), "fp")
@@ -227,3 +228,19 @@ async def test_a_priority_reaches_only_an_engine_that_orders_by_it(stand: Stand,
     job = stand.service._running[1].job
     assert (job.priority, job.flow.priority) == (-3 if by_priority else 0, -3)
     await stand.idle()
+
+
+async def test_a_first_token_is_told_to_the_job_that_waits_for_it(stand: Stand) -> None:
+    stand.handler = hang
+    stand.service.start(wire.Decode(1, "/v1/completions", b"{}", "r", DEADLINE_S, drawn=True))
+    stand.service.first(wire.First(1, 8))
+    drawn = stand.service._running[1].job.drawn
+    assert drawn is not None
+    assert await drawn.wait() == 8
+
+
+async def test_a_first_token_that_nobody_waits_for_is_ignored(stand: Stand) -> None:
+    stand.handler = hang
+    job = stand.start()
+    stand.service.first(wire.First(1, 8))
+    assert job.drawn is None

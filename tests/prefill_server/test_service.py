@@ -315,3 +315,60 @@ async def test_the_engine_samples_one_token_whatever_was_asked(monkeypatch: pyte
     assert (params.n, params.max_tokens, params.min_tokens, params.seed) == (1, 1, 0, None)
     assert params.extra_args == {"kv_transfer_params": {"braid": [b"t" * 16, 1, 0]}}
     assert (job.done, job.prompt_tokens, job.cached_tokens) == (1, 3, 4)
+
+
+@pytest.mark.parametrize("draw", [False, True])
+async def test_the_first_token_is_told_before_the_answer_where_it_is_wanted(stand: Stand, draw: bool) -> None:
+    async def draws(job: Any) -> int:
+        await lease(job)
+        assert (job.on_first is not None) == draw
+        if draw:
+            job.on_first(8)
+        job.done = 1
+        return 200
+
+    stand.app = draws
+    ticket = wire.Ticket(b"t" * 16, 1, "p0", EPOCH, ("tcp://p:1",), "fp", (1,))
+    stand.service.start(wire.Prefill(1, ticket, "/v1/completions", b"{}", "r", DEADLINE_S, draw=draw))
+    if draw:
+        assert await asyncio.wait_for(stand.sent.get(), DEADLINE_S) == wire.First(1, 8)
+    assert (await stand.done()).status == 200
+
+
+async def test_a_wanted_token_is_drawn_as_the_client_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from prefill_server.llm import JOB, Job, PrefillLLM
+
+    class Bare(PrefillLLM):
+        """Without an engine to start or to end."""
+
+        def __init__(self) -> None: ...
+
+        def __del__(self) -> None: ...
+
+    asked: list[SamplingParams] = []
+    told: list[int] = []
+
+    async def generate(self: Any, prompt: Any, params: Any, *args: Any, **options: Any) -> AsyncIterator[Any]:
+        asked.append(params)
+        drawn = SimpleNamespace(token_ids=[8])
+        yield SimpleNamespace(finished=True, num_cached_tokens=4, outputs=[drawn])
+
+    async def opened(key: kv.Key, prompt: Prompt) -> None: ...
+
+    monkeypatch.setattr(AsyncLLM, "generate", generate)
+    job = Job(b"t" * 16, 1, SimpleNamespace(open=opened), on_first=told.append)
+    JOB.set(job)
+    client = SamplingParams(
+        temperature=0.7, top_p=0.9, top_k=5, min_p=0.1, presence_penalty=1.0, max_tokens=1
+    )
+    prompt = {"type": "token", "prompt_token_ids": [1, 2, 3]}
+    assert len([o async for o in Bare().generate(prompt, client, "r")]) == 1
+    (params,) = asked
+    shape = (params.temperature, params.top_p, params.top_k, params.min_p)
+    assert shape == (0.7, 0.9, 5, 0.1)
+    assert (params.max_tokens, params.presence_penalty, params.detokenize) == (1, 0.0, False)
+    assert params.extra_args == {"kv_transfer_params": {"braid": [b"t" * 16, 1, 0]}}
+    assert told == [8]

@@ -46,7 +46,7 @@ class Recorder:
         self.groups.append(GROUP.get())
         self.calls.put_nowait(message)
 
-    cancel = lost = forget = start
+    cancel = lost = first = forget = start
 
     def cancel_all(self, reason: str) -> None:
         self.calls.put_nowait(reason)
@@ -199,7 +199,8 @@ async def test_dispatches_reach_the_service_in_order(
     link: WorkerLink, router: ScriptedRouter, service: Recorder
 ) -> None:
     await router.welcome()
-    sent: list[wire.ToWorker] = [DECODE, wire.Lost(1, "gone"), wire.Cancel(1), wire.Forget(("r-0",))]
+    sent: list[wire.ToWorker] = [DECODE, wire.Lost(1, "gone"), wire.First(1, 8), wire.Cancel(1)]
+    sent.append(wire.Forget(("r-0",)))
     await router.say(*sent)
     assert [await service.next() for _ in sent] == sent
 
