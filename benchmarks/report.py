@@ -30,21 +30,23 @@ def handover_figures(records: Sequence[HandoverRecord]) -> list[dict[str, Any]]:
 
     `handover_ms` is the time to first token minus the plain engine's for the same prompt in the same round,
     `ttft_ratio` the one divided by the other; `over_plain_p50` and `over_plain_p95` are the differences of
-    the percentiles themselves. `early_share`: part of the KV bytes that left before the last chunk was
-    computed.
+    the percentiles themselves. `total_ratio`: the same of the whole reply, for whose second token the decode
+    engine has to run whoever drew the first. `early_share`: part of the KV bytes that left before the last
+    chunk was computed.
     """
     rows = []
     for length in sorted({record.prompt_tokens for record in records}):
         plain = _by_round(records, PLAIN, length)
-        base = summary([ttft for ttft, _ in plain.values()])
+        base = summary([ttft for ttft, _, _ in plain.values()])
         for stack in _names(records):
             seen = _by_round(records, stack, length)
             pairs = [(seen[number], plain[number]) for number in seen if number in plain]
-            ttft = summary([value for value, _ in seen.values()])
+            ttft = summary([value for value, _, _ in seen.values()])
             row = {"prompt_tokens": length, "stack": stack, "ttft_ms": ttft}
             if stack != PLAIN and pairs:
                 row["handover_ms"] = summary([mine[0] - other[0] for mine, other in pairs])
                 row["ttft_ratio"] = summary([mine[0] / other[0] for mine, other in pairs])
+                row["total_ratio"] = summary([mine[2] / other[2] for mine, other in pairs if other[2]])
                 row["over_plain_p50"] = ttft["p50"] - base["p50"]
                 row["over_plain_p95"] = ttft["p95"] - base["p95"]
                 row["same_text"] = sum(mine[1] == other[1] for mine, other in pairs)
@@ -58,10 +60,12 @@ def handover_figures(records: Sequence[HandoverRecord]) -> list[dict[str, Any]]:
     return rows
 
 
-def _by_round(records: Iterable[HandoverRecord], stack: str, length: int) -> dict[int, tuple[float, str]]:
-    """(time to first token in ms, text) of each round that succeeded."""
+def _by_round(
+    records: Iterable[HandoverRecord], stack: str, length: int
+) -> dict[int, tuple[float, str, float]]:
+    """(time to first token in ms, text, time to the end in ms) of each round that succeeded."""
     return {
-        record.round: (record.ttft_s * MS, record.text)
+        record.round: (record.ttft_s * MS, record.text, (record.total_s or 0.0) * MS)
         for record in records
         if (record.stack, record.prompt_tokens) == (stack, length) and record.ttft_s is not None
     }
@@ -120,6 +124,7 @@ def handover_table(rows: Sequence[dict[str, Any]]) -> str:
         ("p95", lambda row: number(row.get("handover_ms", {}).get("p95"))),
         ("iqr", lambda row: number(row.get("handover_ms", {}).get("iqr"))),
         ("of plain", lambda row: ratio(row.get("ttft_ratio", {}).get("p50"))),
+        ("whole reply", lambda row: ratio(row.get("total_ratio", {}).get("p50"))),
         ("early KV", lambda row: ratio(row.get("early_share"))),
         ("path", lambda row: ", ".join(f"{path} {count}" for path, count in row["paths"].items()) or "-"),
         ("same text", lambda row: str(row.get("same_text", "-"))),

@@ -83,7 +83,15 @@ def test_a_prompt_repeats_for_its_key_alone(model: Path) -> None:
 def handover(stack: str, number: int, ttft_s: float | None, text: str = "t") -> HandoverRecord:
     load = Load(wall_s=1.0, stack=1.0, others=0.5 if number else 0.0, nice=0.1)
     return HandoverRecord(
-        stack, number, 0, 100, ttft_s=ttft_s, text=text, error="" if ttft_s else "e", turn=load
+        stack,
+        number,
+        0,
+        100,
+        ttft_s=ttft_s,
+        total_s=ttft_s and ttft_s + 0.010,
+        text=text,
+        error="" if ttft_s else "e",
+        turn=load,
     )
 
 
@@ -99,6 +107,8 @@ def test_handover_is_paired_by_prompt() -> None:
     assert braid["handover_ms"]["count"] == 2
     assert braid["handover_ms"]["p50"] == pytest.approx(12.5)
     assert braid["over_plain_p50"] == pytest.approx(25.0)
+    assert braid["ttft_ratio"]["p50"] == pytest.approx((1.5 + 2) / 2)
+    assert braid["total_ratio"]["p50"] == pytest.approx((25 / 20 + 50 / 30) / 2)
     assert braid["same_text"] == 1
 
 
