@@ -51,6 +51,10 @@ D's cache where P was asked), ``local`` computed on D by decision, ``recomputed`
 a transfer failed or was refused."""
 
 
+Shape = tuple[float, float, int, float]
+"""Temperature, ``top_p``, ``top_k`` and ``min_p`` of a draw."""
+
+
 class WireError(ValueError):
     """A frame that is not one of our messages."""
 
@@ -176,11 +180,12 @@ class First(_Msg, frozen=True, tag="first"):
     """The token that P drew behind the prompt of a ``Prefill`` with ``draw``; P sends it as soon as it is
     drawn, the router passes it on to the D whose ``Decode`` is ``drawn``.
 
-    It is the request's first token if D has the prompt's KV in time, and if nothing but temperature,
-    ``top_k``, ``top_p`` and ``min_p`` shapes it; else D draws one itself."""
+    It is the request's first token if it comes soon after the prompt's KV and is drawn as D would draw it;
+    else D draws one itself. ``shape`` is what it was drawn with."""
 
     ref: int
     token: int
+    shape: Shape
 
 
 class PrefillDone(_Msg, frozen=True, tag="prefill_done"):

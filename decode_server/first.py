@@ -4,6 +4,9 @@ A prefill engine draws a token behind the prompt in any case. Where a request ha
 its first: the decode engine then goes on behind it, with a step less to compute, and the client has it
 before that engine has scheduled anything. It counts only once the prompt's KV is in the decode worker's
 cache and the sample has its seat; what happens to the stream after that is what happens to any stream.
+
+Whether it is taken never depends on which token it is: what is thrown away for its value and drawn again has
+another distribution.
 """
 
 from __future__ import annotations
@@ -11,15 +14,20 @@ from __future__ import annotations
 import asyncio
 import copy
 import time
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 from vllm.sampling_params import SamplingParams, SamplingType
-from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
+from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.metrics.stats import IterationStats
 
+from braid import wire
+from braid.worker.shape import shape_of
+from decode_server.metrics import FIRST
+
 WAIT_S = 0.03
-"""How long a sample whose KV has come waits for the token: twice what drawing it here takes."""
+"""How long a sample that has its KV and its seat waits for the token: twice what drawing it here takes."""
 
 _FREE = frozenset(
     {"n", "temperature", "top_p", "top_k", "min_p", "seed", "max_tokens", "ignore_eos", "detokenize"}
@@ -27,8 +35,8 @@ _FREE = frozenset(
     | {"skip_special_tokens", "spaces_between_special_tokens", "output_text_buffer_length", "extra_args"}
     | {"flat_logprobs", "watermarking", "_eos_token_id", "_all_stop_token_ids", "_watermarking_skipped"}
 )
-"""Fields of sampling parameters that may have any value: a first token is drawn without them, or by a prefill
-worker as here. Of the others a request has the defaults, or draws its first token here."""
+"""Fields of sampling parameters that may have any value: they shape no token, or a prefill worker knows them
+too, or they are looked at here. Of the others a request has the defaults, or draws its first token here."""
 _PLAIN = SamplingParams()
 _FIXED = [
     (f.name, getattr(_PLAIN, f.name)) for f in msgspec.structs.fields(SamplingParams) if f.name not in _FREE
@@ -36,42 +44,68 @@ _FIXED = [
 
 
 class First:
-    """The token that the prefill worker of a dispatch draws."""
+    """The token that the prefill worker of a dispatch draws.
 
-    def __init__(self) -> None:
-        self._told: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    Args:
+        roomy: whether the engine goes on at once with what it is given: a stream that has begun is cut if it
+            is silent for long, and can't move to another worker.
+    """
 
-    def tell(self, token: int) -> None:
+    def __init__(self, roomy: Callable[[], bool]) -> None:
+        self._roomy = roomy
+        self.restart()
+
+    def restart(self) -> None:
+        """Another prefill worker draws it: what was told is void."""
+        self._told: asyncio.Future[wire.First] = asyncio.get_running_loop().create_future()
+
+    def tell(self, first: wire.First) -> None:
         """It has been drawn. Idempotent."""
         if not self._told.done():
-            self._told.set_result(token)
+            self._told.set_result(first)
 
-    async def wait(self) -> int | None:
-        """The token, or None if it did not come in time."""
+    async def of(self, params: SamplingParams) -> int | None:
+        """The token if a sample of these parameters begins with it; waits for it for :data:`WAIT_S`."""
+        if not drawable(params):
+            return None
         if not self._told.done():
             await asyncio.wait([self._told], timeout=WAIT_S)
-        return self._told.result() if self._told.done() else None
+        first = self._told.result() if self._told.done() else None
+        if first is None:
+            outcome = "late"
+        elif first.shape != shape_of(params):
+            outcome = "unlike"
+        else:
+            outcome = "taken" if self._roomy() else "full"
+        FIRST.labels(outcome).inc()
+        return first.token if first is not None and outcome == "taken" else None
 
 
 def drawable(params: SamplingParams) -> bool:
     """Whether a first token drawn elsewhere is as good as one drawn here.
 
     It is not where more than temperature, ``top_p``, ``top_k`` and ``min_p`` shapes it, where its
-    log-probability is wanted, where a seed says which it is, and where it is the only one.
+    log-probability is wanted, and where a seed says which it is.
     """
     greedy = params.sampling_type == SamplingType.GREEDY
     if params.watermarking or set(params.extra_args or ()) - {"kv_transfer_params"}:
         return False
     if not greedy and params.seed is not None:
         return False
-    if params.max_tokens is not None and params.max_tokens < 2:
-        return False
-    return all(getattr(params, name) == default for name, default in _FIXED)
+    return all(_same(getattr(params, name), default) for name, default in _FIXED)
 
 
-def ends(params: SamplingParams, token: int) -> bool:
-    """Whether a sample ends with this token: an end that the engine has to find."""
-    return token == params.eos_token_id or token in (params.stop_token_ids or ())
+def _same(value: Any, default: Any) -> bool:
+    return value is default or (value is not None and default is not None and value == default)
+
+
+def end_of(params: SamplingParams, token: int) -> tuple[FinishReason | None, int | None]:
+    """Why a sample ends with its first token, and vLLM's ``stop_reason``; None where it goes on."""
+    if token == params.eos_token_id:
+        return FinishReason.STOP, None
+    if token in (params.stop_token_ids or ()):
+        return FinishReason.STOP, token
+    return (FinishReason.LENGTH if params.max_tokens == 1 else None), None
 
 
 def following(request: EngineCoreRequest, token: int) -> EngineCoreRequest:
@@ -86,15 +120,20 @@ def following(request: EngineCoreRequest, token: int) -> EngineCoreRequest:
 
 
 def begin(processor: Any, request: EngineCoreRequest, token: int) -> bool:
-    """Pass the token on as the first output of a request that ``processor`` (vLLM's OutputProcessor) knows;
-    False if that has ended it (a stop string).
+    """Pass the token on as the first output of a request that ``processor`` (vLLM's OutputProcessor) knows.
 
-    To vLLM's metrics it is the prefill engine's token: they begin with the decode engine's own first.
+    Returns whether the sample goes on. vLLM's metrics of this engine begin with its own first token; the one
+    that the prefill engine drew is among that engine's.
     """
+    assert request.sampling_params is not None
+    reason, stop = end_of(request.sampling_params, token)
+    output = EngineCoreOutput(request.request_id, [token], finish_reason=reason, stop_reason=stop)
     stats = IterationStats() if processor.log_stats else None
-    processor.process_outputs([EngineCoreOutput(request.request_id, [token])], time.monotonic(), stats)
+    processor.process_outputs([output], time.monotonic(), stats)
     state = processor.request_states.get(request.request_id)
-    if state is None:
+    if state is None:  # that was all, or it has completed a stop string
         return False
     state.is_prefilling = True
+    if state.stats is not None:
+        state.stats.num_generation_tokens = 0
     return True

@@ -24,10 +24,9 @@ from braid.worker.seats import DispatchFlow, Seat, Seats
 from braid.worker.source import Source
 from decode_server import beams
 from decode_server.confidence import Confidence
-from decode_server.first import First, begin, drawable, ends, following
+from decode_server.first import First, begin, following
 from decode_server.kept import KeptSamples, splice
 from decode_server.logprobs import lighten
-from decode_server.metrics import FIRST
 from decode_server.pieces import Pieces
 from decode_server.prefix import Held, Prefixes
 from decode_server.seeds import sample_seed
@@ -57,7 +56,7 @@ class Job:
         unspelled: nobody is told the tokens of the samples' log-probabilities.
         beams: engine request ids of the running steps of a beam search; None if it is none.
         drawn: the first token, where a prefill worker draws it.
-        begins: engine request id of the sample that may begin with it.
+        begins: engine request id of the sample that may begin with it; begun: it has.
         priority: the engine's own, 0 where it knows none.
         pace: of the worker; its samples are measured by it.
     """
@@ -82,6 +81,7 @@ class Job:
     beams: set[str] | None = None
     drawn: First | None = None
     begins: str = ""
+    begun: bool = False
     priority: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -137,17 +137,33 @@ class DecodeLLM(AsyncLLM):
         Then the log-probabilities of a sample are not spelled out if only we read them.
         """
         job = JOB.get()
-        token = None if job is None else await _first_of(job, request)
+        token = None if job is None else await self._first_of(job, request)
         if token is None:
             await super()._add_request(request, prompt, parent_req, index, queue)
         else:
-            self.check_admission(request_id=request.request_id)
-            self.output_processor.add_request(request, prompt, parent_req, index, queue)
-            if begin(self.output_processor, request, token):
-                await self.engine_core.add_request_async(following(request, token))
+            await self._add_begun(request, prompt, queue, token)
         state = self.output_processor.request_states.get(request.request_id)
         if job is not None and job.unspelled and state is not None:
             lighten(state, sum_only=job.watch is None)
+
+    async def _first_of(self, job: Job, request: Any) -> int | None:
+        """The token that a request begins with, if a prefill worker has drawn it."""
+        if job.drawn is None or request.external_req_id != job.begins or self.model_config.logits_processors:
+            return None
+        token = await job.drawn.of(request.sampling_params)
+        job.begun = token is not None
+        return token
+
+    async def _add_begun(self, request: Any, prompt: Any, queue: Any, token: int) -> None:
+        """Add a request whose first token is there."""
+        self.check_admission(request_id=request.request_id)
+        self.output_processor.add_request(request, prompt, None, 0, queue)
+        try:
+            if begin(self.output_processor, request, token):
+                await self.engine_core.add_request_async(following(request, token))
+        except BaseException:
+            self.output_processor.abort_requests([request.request_id], internal=True)
+            raise
 
     async def generate(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **options: Any
@@ -251,17 +267,6 @@ class DecodeLLM(AsyncLLM):
         return outputs
 
 
-async def _first_of(job: Job, request: Any) -> int | None:
-    """The token that a request begins with, if a prefill worker has drawn it."""
-    params = request.sampling_params
-    if job.drawn is None or request.external_req_id != job.begins or not drawable(params):
-        return None
-    token = await job.drawn.wait()
-    outcome = "late" if token is None else "end" if ends(params, token) else "taken"
-    FIRST.labels(outcome).inc()
-    return token if outcome == "taken" else None
-
-
 class _Samples:
     """The n requests of one prompt. Leaving :meth:`outputs` aborts those that still run."""
 
@@ -347,7 +352,7 @@ class _Samples:
             job.samples.pop(number, None)
             job.stand_up(number, job.generated[number])
             if began is not None:
-                job.pace.end(began, job.generated[number])
+                job.pace.end(began, job.generated[number] - job.begun)
             self._keep(number, last)
             if job.on_sample is not None:
                 job.on_sample(number, last, error)

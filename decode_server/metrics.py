@@ -11,7 +11,7 @@ _HELD = Gauge("braid_seats_held", "Samples that hold a seat")
 _GROUPS = Gauge("braid_seats_groups", "Samples of groups that hold a seat")
 FIRST = Counter(
     "braid_first_tokens",
-    "First tokens that a prefill worker was to draw: taken, late, or an end, which the engine has to find",
+    "First tokens of single samples, which prefill workers draw, by what became of them",
     ["outcome"],
 )
 

@@ -76,7 +76,7 @@ class DecodeService:
         job.priority = message.priority if self._engine.by_priority else 0
         job.watch = message.watch if message.mode == "samples" else None
         job.pace = self._pace
-        job.drawn = First() if message.drawn else None
+        job.drawn = First(self._counters.roomy) if message.drawn else None
         job.beams = set() if beams.searches(message.body) else None
         dispatch = self._running[message.ref] = _Dispatch(message, job)
         run = self._run_http
@@ -102,11 +102,13 @@ class DecodeService:
     def lost(self, message: wire.Lost) -> None:
         if (dispatch := self._running.get(message.ref)) is not None:
             dispatch.job.source.change(message.ticket, message.reason)
+            if dispatch.job.drawn is not None:
+                dispatch.job.drawn.restart()
 
     def first(self, message: wire.First) -> None:
         dispatch = self._running.get(message.ref)
         if dispatch is not None and dispatch.job.drawn is not None:
-            dispatch.job.drawn.tell(message.token)
+            dispatch.job.drawn.tell(message)
 
     def forget(self, message: wire.Forget) -> None:
         for name in message.names:

@@ -11,7 +11,9 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from braid import wire
 from braid.worker.prompt import Prompt, shareable
+from braid.worker.shape import shape_of, shaped
 from kvtransfer.adapter.options import PARAM
 from kvtransfer.wire import Key
 
@@ -30,7 +32,7 @@ class Staging(Protocol):
 @dataclass(slots=True)
 class Job:
     """One ``Prefill``: its prompts so far. ``keys`` are those with a lease. ``on_first`` is set if the token
-    behind its one prompt is wanted, and called with it."""
+    behind its one prompt is wanted, and called with it and what it was drawn with."""
 
     ticket_id: bytes
     attempt: int
@@ -41,7 +43,7 @@ class Job:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     refusal: str = ""
-    on_first: Callable[[int], None] | None = None
+    on_first: Callable[[int, wire.Shape], None] | None = None
 
 
 JOB: contextvars.ContextVar[Job] = contextvars.ContextVar("job")
@@ -68,29 +70,18 @@ class PrefillLLM(AsyncLLM):
             raise Unshareable("only token prompts can be moved")
         job.keys.append(key)
         await job.staging.open(key, shared)
-        params = SamplingParams(max_tokens=1, temperature=0.0)
-        if job.on_first is not None:
-            params = _drawing(sampling_params)
+        shape = shape_of(sampling_params)
+        on_first = None if self.model_config.logits_processors else job.on_first
+        params = SamplingParams(max_tokens=1, temperature=0.0) if on_first is None else shaped(shape)
         params.detokenize = False
         params.output_kind = RequestOutputKind.FINAL_ONLY
         params.extra_args = {"kv_transfer_params": {PARAM: [key.id, key.attempt, key.part]}}
         inner = super().generate(prompt, params, request_id, lora_request=lora_request)
         async for output in inner:
             if output.finished:
-                if job.on_first is not None and output.outputs[0].token_ids:
-                    job.on_first(output.outputs[0].token_ids[0])
+                if on_first is not None and output.outputs[0].token_ids:
+                    on_first(output.outputs[0].token_ids[0], shape)
                 job.done += 1
                 job.prompt_tokens += len(shared.tokens)
                 job.cached_tokens += output.num_cached_tokens or 0
             yield output
-
-
-def _drawing(client: SamplingParams) -> SamplingParams:
-    """Draw one token as the client wants it drawn."""
-    return SamplingParams(
-        max_tokens=1,
-        temperature=client.temperature,
-        top_p=client.top_p,
-        top_k=client.top_k,
-        min_p=client.min_p,
-    )

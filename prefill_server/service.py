@@ -50,7 +50,7 @@ class PrefillService:
             return
         job = Job(message.ticket.id, message.ticket.attempt, self._leases.of(message))
         if message.draw:
-            job.on_first = lambda token: self._send(wire.First(message.ref, token))
+            job.on_first = lambda token, shape: self._send(wire.First(message.ref, token, shape))
         task = self._jobs[message.ref] = asyncio.create_task(self._run(message, job))
         started = time.monotonic()
         task.add_done_callback(lambda _: self._ended(message, job, task, time.monotonic() - started))
@@ -114,7 +114,7 @@ class PrefillService:
         self._send(wire.PrefillDone(message.ref, status, body, job.prompt_tokens, job.cached_tokens, elapsed))
 
     async def _prefill(self, message: wire.Prefill, job: Job) -> tuple[int, bytes]:
-        """Run vLLM's layer up to the prefill; what it makes of the one token is not used."""
+        """Run vLLM's layer up to the prefill; the reply that it makes of the one token is not used."""
         status, chunks = 500, list[bytes]()
 
         def on_start(code: int, headers: list[tuple[str, str]]) -> None:

@@ -397,7 +397,7 @@ class Fanout:
     def _on_first(self, producer: Producer, first: wire.First) -> None:
         for share in self._waiting(producer):
             if share.dispatch is not None:
-                self.cluster.link.send(share.worker, wire.First(share.dispatch.ref, first.token))
+                self.cluster.link.send(share.worker, msgspec.structs.replace(first, ref=share.dispatch.ref))
 
     def _on_prefill_done(self, producer: Producer, done: wire.PrefillDone) -> None:
         producer.done = True

@@ -6,6 +6,9 @@ from braid import wire
 from braid.worker.engine import Engine
 from kvtransfer.wire import Stats
 
+FREE_SHARE = 0.1
+"""Part of a cache that is free where its engine is not about to run out of it."""
+
 
 class Counters:
     """Read every heartbeat (:meth:`refresh`), so that a beat never waits for the engine.
@@ -24,6 +27,12 @@ class Counters:
     async def refresh(self) -> None:
         self.core = await self._engine.call("braid_stats")
         self.kv = await self._engine.control.stats()
+
+    def roomy(self) -> bool:
+        """Whether the engine begins at once with what it is given: nothing waits, and a tenth of its cache is
+        free."""
+        free, blocks = self.core.get("free", 1), self.core.get("blocks", 1)
+        return not self.core.get("waiting", 0) and free >= FREE_SHARE * blocks
 
     def beat(self) -> wire.Beat:
         """The worker's heartbeat; ``tickets`` are leases held or loads in flight."""

@@ -7,7 +7,6 @@ import ctypes
 import os
 import signal
 import time
-from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,7 +20,12 @@ TOUCHPOINTS = (
     "vllm.v1.engine.core.EngineCore.request_block_hasher",
     "vllm.v1.engine.core.EngineCore.vllm_config",
     "vllm.v1.engine.core.EngineCore.step",
-    "vllm.v1.engine.core.EngineCore.step_with_batch_queue",
+    "vllm.v1.engine.core.EngineCore.capture_iteration_details",
+    "vllm.v1.engine.core.EngineCore.log_error_detail",
+    "vllm.v1.engine.core.EngineCore._process_aborts_queue",
+    "vllm.v1.engine.core.EngineCore._attach_iteration_details",
+    "vllm.v1.engine.core.EngineCore._attach_weight_version",
+    "vllm.v1.engine.core.EngineCore._should_throttle_prefills",
     "vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorBase_V1._kv_cache_config",
     "vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorBase_V1._vllm_config",
     "vllm.v1.worker.gpu_model_runner.GPUModelRunner._sample",
@@ -97,13 +101,26 @@ def sample_at_once() -> None:
     """
     from vllm.v1.engine.core import EngineCore
 
-    queued = EngineCore.step_with_batch_queue
-
     def step(self: Any) -> tuple[Any, bool]:
-        if self.batch_queue is None:
-            self.batch_queue, self.batch_queue_size = deque(maxlen=1), 1
-        outputs, executed = queued(self)
-        return outputs or {}, executed
+        if not self.scheduler.has_requests():
+            return {}, False
+        planned = self.scheduler.schedule(self._should_throttle_prefills())
+        computes = planned.total_num_scheduled_tokens > 0
+        computed = self.model_executor.execute_model(planned, non_block=True)
+        samples = None
+        if computes and not self.is_pooling_model:
+            grammar = self.scheduler.get_grammar_bitmask(planned)
+            samples = self.model_executor.sample_tokens(grammar, non_block=True)
+        with self.capture_iteration_details(planned) as details, self.log_error_detail(planned):
+            output = computed.result()  # first: what failed there is not to be missed
+            if output is None:
+                assert samples is not None
+                output = samples.result()
+        self._process_aborts_queue()
+        outputs = self.scheduler.update_from_output(planned, output)
+        self._attach_iteration_details(outputs, details)
+        self._attach_weight_version(outputs)
+        return outputs, computes
 
     EngineCore.step = step
 

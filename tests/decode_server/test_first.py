@@ -17,6 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # importing vLLM can 
 DEADLINE_S = 60.0
 PROMPT = [5, 6, 7]
 EOS = 3
+GREEDY = (0.0, 1.0, 0, 0.0)
 
 
 def params(**fields: Any) -> Any:
@@ -61,11 +62,13 @@ class Desk:
         self.llm.engine_core = SimpleNamespace(add_request_async=self._ask)
         self.llm.check_admission = lambda **_: None
         self.llm.log_requests = False
+        self.llm.model_config = SimpleNamespace(logits_processors=None)
         self.asked: list[Any] = []
         self.told: list[Any] = []
         self.queue = SimpleNamespace(put=self.told.append)
         self.job = Job(Source(None, ""), SimpleNamespace(), SimpleNamespace(), 0, *open_seats())  # type: ignore[arg-type]
-        self.job.drawn, self.job.begins = First(), "r-0"
+        self.roomy = True
+        self.job.drawn, self.job.begins = First(lambda: self.roomy), "r-0"
 
     async def add(self, added: Any) -> None:
         from decode_server.llm import JOB
@@ -80,9 +83,9 @@ class Desk:
     async def _ask(self, asked: Any) -> None:
         self.asked.append((asked, [list(told.outputs[0].token_ids) for told in self.told]))
 
-    def tell(self, token: int) -> None:
+    def tell(self, token: int, *shape: float) -> None:
         assert self.job.drawn is not None
-        self.job.drawn.tell(token)
+        self.job.drawn.tell(wire.First(1, token, shape or GREEDY))  # type: ignore[arg-type]
 
     def state(self, added: Any) -> Any:
         return self.llm.output_processor.request_states.get(added.request_id)
@@ -126,14 +129,72 @@ async def test_a_token_that_does_not_come_costs_a_short_wait(monkeypatch: pytest
 
 
 @pytest.mark.parametrize(
-    ("fields", "token"), [({}, EOS), ({}, 4), ({"stop_token_ids": [8]}, 8), ({"max_tokens": 1}, 8)]
+    ("fields", "token", "reason", "stop"),
+    [
+        ({}, EOS, "stop", None),
+        ({}, 4, "stop", 4),
+        ({"stop_token_ids": [8]}, 8, "stop", 8),
+        ({"max_tokens": 1}, 8, "length", None),
+        ({"max_tokens": 1}, EOS, "stop", None),
+        ({"output_kind": 2}, EOS, "stop", None),
+    ],
 )
-async def test_an_end_is_left_to_the_engine(fields: dict[str, Any], token: int) -> None:
-    desk = Desk()
+async def test_a_token_that_ends_the_sample_needs_no_engine(
+    fields: dict[str, Any], token: int, reason: str, stop: int | None
+) -> None:
+    """As vLLM's own end (``check_stop``). To draw another one instead would make ends rarer than they are."""
+    from vllm.sampling_params import RequestOutputKind
+
+    if "output_kind" in fields:
+        fields = {"output_kind": RequestOutputKind(fields["output_kind"])}
+    desk, added = Desk(), request(**fields)
     desk.tell(token)
-    await desk.add(request(**fields))
+    await desk.add(added)
+    (told,) = desk.told
+    assert desk.asked == []
+    assert (told.finished, tokens(told)) == (True, [token])
+    assert (told.outputs[0].finish_reason, told.outputs[0].stop_reason) == (reason, stop)
+    assert desk.state(added) is None
+    assert not desk.llm.output_processor.external_req_ids
+
+
+async def test_a_token_drawn_with_another_shape_is_not_taken() -> None:
+    for temperature, computed in [(0.0, PROMPT), (1.0, [*PROMPT, 8])]:
+        desk = Desk()
+        desk.tell(8, 1.0, 1.0, 0, 0.0)
+        await desk.add(request(temperature=temperature))
+        ((asked, _),) = desk.asked
+        assert asked.prompt_token_ids == computed
+
+
+async def test_where_the_engine_is_full_no_stream_begins_before_it() -> None:
+    desk = Desk()
+    desk.roomy = False
+    desk.tell(8)
+    await desk.add(request())
     ((asked, _),) = desk.asked
     assert (asked.prompt_token_ids, desk.told) == (PROMPT, [])
+
+
+async def test_an_engine_with_logits_processors_of_its_own_draws_itself() -> None:
+    desk = Desk()
+    desk.llm.model_config.logits_processors = ["mine"]
+    desk.tell(8)
+    await desk.add(request())
+    ((asked, _),) = desk.asked
+    assert asked.prompt_token_ids == PROMPT
+
+
+async def test_a_request_that_can_not_be_added_leaves_nothing() -> None:
+    async def refuse(asked: Any) -> None:
+        raise RuntimeError("dead")
+
+    desk, added = Desk(), request()
+    desk.llm.engine_core.add_request_async = refuse
+    desk.tell(8)
+    with pytest.raises(RuntimeError, match="dead"):
+        await desk.add(added)
+    assert desk.state(added) is None
 
 
 async def test_an_end_that_is_ignored_is_a_token() -> None:
@@ -183,7 +244,7 @@ async def test_the_engines_first_output_still_tells_of_the_prompt() -> None:
     desk.llm.output_processor.process_outputs([output], 1.0, stats)
     assert (tokens(desk.told[-1]), desk.told[-1].num_cached_tokens) == ([9], 3)
     assert (stats.prompt_token_stats.total, len(stats.time_to_first_tokens_iter)) == (4, 1)
-    assert desk.state(added).stats.num_generation_tokens == 2
+    assert desk.state(added).stats.num_generation_tokens == stats.num_generation_tokens == 1
 
 
 @pytest.mark.parametrize(
@@ -210,7 +271,6 @@ def test_these_may_begin_with_a_token_drawn_elsewhere(fields: dict[str, Any]) ->
     "fields",
     [
         {"temperature": 1.0, "seed": 7},
-        {"max_tokens": 1},
         {"logprobs": 0},
         {"min_tokens": 1},
         {"presence_penalty": 0.5},

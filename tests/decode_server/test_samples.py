@@ -132,6 +132,14 @@ async def test_what_goes_on_from_a_kept_sample_names_it_to_the_engine() -> None:
     assert llm.asked["r-0"].extra_args["kv_transfer_params"] == {"braid": "g-3"}
 
 
+@pytest.mark.parametrize(("imported", "begins"), [("i0", "r-0"), (None, "")])
+async def test_only_a_sample_whose_kv_has_come_may_begin_elsewhere(imported: str | None, begins: str) -> None:
+    run = Run(ScriptedLLM(), 1, final=True)
+    run.held.name = imported
+    await run.outputs()
+    assert run.job.begins == begins
+
+
 async def test_deltas_come_as_they_are_made_under_their_index() -> None:
     later = asyncio.Event()
     llm = ScriptedLLM({"r-0": [later, 5], "r-1": [6]})

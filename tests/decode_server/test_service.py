@@ -16,6 +16,7 @@ from tests.decode_server.fake_engine import FakeEngine
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # importing vLLM can take minutes on a busy machine
 
 DEADLINE_S = 60.0
+GREEDY = (0.0, 1.0, 0, 0.0)
 Handler = Callable[[Any, Any, Any], Awaitable[None]]
 
 
@@ -204,7 +205,7 @@ async def test_single_samples_are_aborted_by_their_engine_request(stand: Stand) 
 async def test_unknown_and_repeated_dispatches_are_ignored(stand: Stand) -> None:
     stand.service.cancel(wire.Cancel(99))
     stand.service.lost(wire.Lost(99, "gone"))
-    stand.service.first(wire.First(99, 8))
+    stand.service.first(wire.First(99, 8, GREEDY))
     job = stand.start()
     assert stand.start() is job
     ticket = wire.Ticket(b"t", 1, "p0", 1, (), "fp")
@@ -231,16 +232,35 @@ async def test_a_priority_reaches_only_an_engine_that_orders_by_it(stand: Stand,
 
 
 async def test_a_first_token_is_told_to_the_job_that_waits_for_it(stand: Stand) -> None:
+    from vllm.sampling_params import SamplingParams
+
     stand.handler = hang
     stand.service.start(wire.Decode(1, "/v1/completions", b"{}", "r", DEADLINE_S, drawn=True))
-    stand.service.first(wire.First(1, 8))
+    stand.service.first(wire.First(1, 8, GREEDY))
     drawn = stand.service._running[1].job.drawn
     assert drawn is not None
-    assert await drawn.wait() == 8
+    assert await drawn.of(SamplingParams(temperature=0.0)) == 8
 
 
 async def test_a_first_token_that_nobody_waits_for_is_ignored(stand: Stand) -> None:
     stand.handler = hang
     job = stand.start()
-    stand.service.first(wire.First(1, 8))
+    stand.service.first(wire.First(1, 8, GREEDY))
     assert job.drawn is None
+
+
+async def test_what_a_lost_prefill_worker_drew_is_void(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.sampling_params import SamplingParams
+
+    from decode_server import first
+
+    monkeypatch.setattr(first, "WAIT_S", 0.001)
+    stand.handler = hang
+    stand.service.start(wire.Decode(1, "/v1/completions", b"{}", "r", DEADLINE_S, drawn=True))
+    drawn = stand.service._running[1].job.drawn
+    assert drawn is not None
+    stand.service.first(wire.First(1, 8, GREEDY))
+    stand.service.lost(wire.Lost(1, "prefill_lost", wire.Ticket(b"t", 2, "p1", 1, (), "fp")))
+    assert await drawn.of(SamplingParams(temperature=0.0)) is None
+    stand.service.first(wire.First(1, 9, GREEDY))
+    assert await drawn.of(SamplingParams(temperature=0.0)) == 9

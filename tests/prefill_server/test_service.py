@@ -292,6 +292,8 @@ async def test_the_engine_samples_one_token_whatever_was_asked(monkeypatch: pyte
     class Bare(PrefillLLM):
         """Without an engine to start or to end."""
 
+        model_config = SimpleNamespace(logits_processors=None)
+
         def __init__(self) -> None: ...
 
         def __del__(self) -> None: ...
@@ -323,7 +325,7 @@ async def test_the_first_token_is_told_before_the_answer_where_it_is_wanted(stan
         await lease(job)
         assert (job.on_first is not None) == draw
         if draw:
-            job.on_first(8)
+            job.on_first(8, (0.0, 1.0, 0, 0.0))
         job.done = 1
         return 200
 
@@ -331,7 +333,7 @@ async def test_the_first_token_is_told_before_the_answer_where_it_is_wanted(stan
     ticket = wire.Ticket(b"t" * 16, 1, "p0", EPOCH, ("tcp://p:1",), "fp", (1,))
     stand.service.start(wire.Prefill(1, ticket, "/v1/completions", b"{}", "r", DEADLINE_S, draw=draw))
     if draw:
-        assert await asyncio.wait_for(stand.sent.get(), DEADLINE_S) == wire.First(1, 8)
+        assert await asyncio.wait_for(stand.sent.get(), DEADLINE_S) == wire.First(1, 8, (0.0, 1.0, 0, 0.0))
     assert (await stand.done()).status == 200
 
 
@@ -344,12 +346,14 @@ async def test_a_wanted_token_is_drawn_as_the_client_wants_it(monkeypatch: pytes
     class Bare(PrefillLLM):
         """Without an engine to start or to end."""
 
+        model_config = SimpleNamespace(logits_processors=None)
+
         def __init__(self) -> None: ...
 
         def __del__(self) -> None: ...
 
     asked: list[SamplingParams] = []
-    told: list[int] = []
+    told: list[object] = []
 
     async def generate(self: Any, prompt: Any, params: Any, *args: Any, **options: Any) -> AsyncIterator[Any]:
         asked.append(params)
@@ -359,7 +363,7 @@ async def test_a_wanted_token_is_drawn_as_the_client_wants_it(monkeypatch: pytes
     async def opened(key: kv.Key, prompt: Prompt) -> None: ...
 
     monkeypatch.setattr(AsyncLLM, "generate", generate)
-    job = Job(b"t" * 16, 1, SimpleNamespace(open=opened), on_first=told.append)
+    job = Job(b"t" * 16, 1, SimpleNamespace(open=opened), on_first=lambda *drawn: told.append(drawn))
     JOB.set(job)
     client = SamplingParams(
         temperature=0.7, top_p=0.9, top_k=5, min_p=0.1, presence_penalty=1.0, max_tokens=1
@@ -371,4 +375,4 @@ async def test_a_wanted_token_is_drawn_as_the_client_wants_it(monkeypatch: pytes
     assert shape == (0.7, 0.9, 5, 0.1)
     assert (params.max_tokens, params.presence_penalty, params.detokenize) == (1, 0.0, False)
     assert params.extra_args == {"kv_transfer_params": {"braid": [b"t" * 16, 1, 0]}}
-    assert told == [8]
+    assert told == [(8, (0.7, 0.9, 5, 0.1))]

@@ -11,16 +11,18 @@ from braid import wire
 from tests.router.conftest import CHAT, COMPLETIONS, Stand, chat
 from tests.router.fake_worker import FakeWorker, answer_at_gate, answer_decode, silent, stream_until_gate
 
+GREEDY = (0.0, 1.0, 0, 0.0)
+
 
 async def draws(worker: FakeWorker, message: wire.Prefill) -> None:
     if message.draw:
-        await worker.send(wire.First(message.ref, 8))
+        await worker.send(wire.First(message.ref, 8, GREEDY))
     await worker.send(wire.PrefillDone(message.ref, 200, prompt_tokens=7))
 
 
 async def test_a_drawn_token_reaches_the_decode_worker_under_its_own_number(stand: Stand) -> None:
     async def begins(worker: FakeWorker, message: wire.Decode) -> None:
-        assert (await worker.expect(wire.First)) == wire.First(message.ref, 8)
+        assert (await worker.expect(wire.First)) == wire.First(message.ref, 8, GREEDY)
         await answer_decode(worker, message)
 
     p0, d0 = await stand.workers(prefill=draws, decode=begins)
@@ -63,9 +65,9 @@ async def test_a_token_of_a_producer_that_was_given_up_is_not_passed_on(stand: S
     by_name = {"p0": p0, "p1": p1}
     first, second = (by_name[name] for name in (ticket.producer, {"p0": "p1", "p1": "p0"}[ticket.producer]))
     failed = (await first.expect(wire.Prefill)).ref
-    await first.send(wire.PrefillDone(failed, 500), wire.First(failed, 9))
+    await first.send(wire.PrefillDone(failed, 500), wire.First(failed, 9, GREEDY))
     again = (await second.expect(wire.Prefill)).ref
-    await second.send(wire.First(again, 8))
+    await second.send(wire.First(again, 8, GREEDY))
     assert (await d0.expect(wire.First)).token == 8
     d0.gate.set()
     assert (await request).status_code == 200
@@ -78,7 +80,7 @@ async def test_an_answer_that_has_begun_is_told_no_token(stand: Stand) -> None:
         events = reply.aiter_bytes()
         await anext(events)
         prefill = await p0.expect(wire.Prefill)
-        await p0.send(wire.First(prefill.ref, 8), wire.PrefillDone(prefill.ref, 200))
+        await p0.send(wire.First(prefill.ref, 8, GREEDY), wire.PrefillDone(prefill.ref, 200))
         await stand.until(lambda: prefill.ref not in stand.app.link.open_refs())
         d0.gate.set()
         async for _ in events:

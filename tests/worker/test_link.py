@@ -199,7 +199,12 @@ async def test_dispatches_reach_the_service_in_order(
     link: WorkerLink, router: ScriptedRouter, service: Recorder
 ) -> None:
     await router.welcome()
-    sent: list[wire.ToWorker] = [DECODE, wire.Lost(1, "gone"), wire.First(1, 8), wire.Cancel(1)]
+    sent: list[wire.ToWorker] = [
+        DECODE,
+        wire.Lost(1, "gone"),
+        wire.First(1, 8, (0.0, 1.0, 0, 0.0)),
+        wire.Cancel(1),
+    ]
     sent.append(wire.Forget(("r-0",)))
     await router.say(*sent)
     assert [await service.next() for _ in sent] == sent

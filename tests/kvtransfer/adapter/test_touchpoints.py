@@ -208,22 +208,15 @@ def engine_core(monkeypatch: pytest.MonkeyPatch) -> Any:
 
         def result(self) -> Any:
             notes.append(f"wait {self.name}")
+            if self.name == core.fails:
+                raise RuntimeError(f"{self.name} failed")
             return None if self.name == "execute" and core.tokens else "output"
 
-    def schedule(_: Any) -> Any:
-        return SimpleNamespace(total_num_scheduled_tokens=core.tokens, pending_structured_output_tokens=False)
-
     core = EngineCore.__new__(EngineCore)
-    core.tokens, core.notes = 3, notes
-    core.batch_queue, core.batch_queue_size, core.is_mm_encoder_only, core.is_pooling_model = (
-        None,
-        1,
-        False,
-        False,
-    )
+    core.tokens, core.notes, core.fails, core.is_pooling_model = 3, notes, "", False
     core.scheduler = SimpleNamespace(
         has_requests=lambda: True,
-        schedule=schedule,
+        schedule=lambda _: SimpleNamespace(total_num_scheduled_tokens=core.tokens),
         get_grammar_bitmask=lambda _: notes.append("grammar"),
         update_from_output=lambda _, output: {0: output},
     )
@@ -239,11 +232,8 @@ def engine_core(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_samples_are_asked_for_before_a_step_is_waited_for(core: Any) -> None:
-    for _ in range(2):
-        core.notes.clear()
-        assert core.step() == ({0: "output"}, True)
-        assert core.notes == ["ask execute", "grammar", "ask sample", "wait sample"]
-    assert not core.batch_queue, "nothing is left over that would keep the engine busy"
+    assert core.step() == ({0: "output"}, True)
+    assert core.notes == ["ask execute", "grammar", "ask sample", "wait execute", "wait sample"]
 
 
 def test_a_step_without_tokens_asks_for_no_samples(core: Any) -> None:
@@ -256,3 +246,10 @@ def test_an_engine_without_requests_has_no_step(core: Any) -> None:
     core.scheduler.has_requests = lambda: False
     assert core.step() == ({}, False)
     assert core.notes == []
+
+
+@pytest.mark.parametrize("fails", ["execute", "sample"])
+def test_a_step_that_fails_is_not_taken_for_an_empty_one(core: Any, fails: str) -> None:
+    core.fails = fails
+    with pytest.raises(RuntimeError, match=f"{fails} failed"):
+        core.step()
