@@ -42,6 +42,7 @@ async def test_a_sample_that_begins_elsewhere_is_the_same_and_one_step_shorter(s
         async with system.without_prefill():
             alone = [await ask(system, seed) for seed in range(4)]
         assert {reply["path"] for reply in alone} == {"local"}
+        await system.settled()  # a worker counts just after it answers
         before = await taken(system)
         on_d, on_p = [await system.metric(name, GENERATED) for name in ("decode-0", "prefill-0")]
         replies = [await ask(system, seed) for seed in range(4)]
@@ -85,6 +86,7 @@ async def test_a_first_token_that_ends_the_sample_needs_no_step(system: System, 
         "stop string": {"stop": [text]},
     }
     async with system.only("decode-0"):
+        await system.settled()
         before, generated = await taken(system), await system.metric("decode-0", GENERATED)
         replies = [await ask(system, 30, prompt=prompt, **ends[end]) for _ in range(4)]
         begun = int(await taken(system) - before)
