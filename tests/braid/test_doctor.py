@@ -165,7 +165,7 @@ def answering(request: pytest.FixtureRequest) -> Iterator[int]:
     status, body = request.param
     handler = type("Handler", (_Handler,), {"status": status, "body": body})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield server.server_port
         server.shutdown()

@@ -40,6 +40,16 @@ def chat(**fields: Any) -> dict[str, Any]:
     return {"model": "demo", "messages": [{"role": "user", "content": "hi"}], **fields}
 
 
+class Hasty:
+    """``asyncio`` with shorter pauses."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(asyncio, name)
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds / 100)
+
+
 class Stand:
     """A running router and what talks to it."""
 
@@ -118,8 +128,12 @@ async def make_stand() -> AsyncIterator[MakeStand]:
             serving = asyncio.create_task(server.serve(sockets=[sock]))
 
             async def stop() -> None:
-                server.should_exit = True
-                await serving
+                with (
+                    pytest.MonkeyPatch.context() as patch
+                ):  # uvicorn's shutdown pauses for a tenth of a second
+                    patch.setattr("uvicorn.server.asyncio", Hasty())
+                    server.should_exit = True
+                    await serving
 
             stack.push_async_callback(stop)
             url = f"http://127.0.0.1:{sock.getsockname()[1]}"
