@@ -25,8 +25,11 @@ def folder(path: str) -> Path:
 
 
 def keep(found: Mapping[str, Any], benchmark: str, out: Path | None, indent: int = 1) -> Path:
-    """Write a result to ``out``, by default to a file of :data:`RESULTS` with the time in its name."""
-    path = out or RESULTS / f"{benchmark}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}.json"
+    """Write a result to ``out``: a file, or a folder (by default :data:`RESULTS`) for one with the time in its
+    name."""
+    path = out or RESULTS
+    if path.is_dir():
+        path /= f"{benchmark}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=indent) + b"\n")
     return path
