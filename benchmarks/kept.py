@@ -25,8 +25,8 @@ def folder(path: str) -> Path:
 
 
 def keep(found: Mapping[str, Any], benchmark: str, out: Path | None, indent: int = 1) -> Path:
-    """Write a result to ``out``: a file, or a folder (by default :data:`RESULTS`) for one with the time in its
-    name."""
+    """Write a result to ``out``: a file, or a folder (by default :data:`RESULTS`) for one with the time in
+    its name."""
     path = out or RESULTS
     if path.is_dir():
         path /= f"{benchmark}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}.json"
