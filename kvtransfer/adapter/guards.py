@@ -96,7 +96,7 @@ def sample_at_once() -> None:
     """Have a Worker on a CPU sample as soon as it has the logits.
 
     Where vLLM does not schedule ahead, EngineCore asks for a step, waits for its answer, and then asks for
-    the samples: between the two the Worker waits for it. Here it asks for both and waits once, as it does
+    the samples: between the two the Worker waits for it. Here it asks for both before it waits, as it does
     where it schedules ahead.
     """
     from vllm.v1.engine.core import EngineCore

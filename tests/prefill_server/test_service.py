@@ -283,20 +283,25 @@ def test_a_body_that_is_no_object_is_left_to_vllm(body: bytes) -> None:
     assert _prompt_only(body) == body
 
 
-async def test_the_engine_samples_one_token_whatever_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm.sampling_params import SamplingParams
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    from prefill_server.llm import JOB, Job, PrefillLLM
+def bare() -> Any:
+    """A ``PrefillLLM`` without an engine to start or to end."""
+    from prefill_server.llm import PrefillLLM
 
     class Bare(PrefillLLM):
-        """Without an engine to start or to end."""
-
         model_config = SimpleNamespace(logits_processors=None)
 
         def __init__(self) -> None: ...
 
         def __del__(self) -> None: ...
+
+    return Bare()
+
+
+async def test_the_engine_samples_one_token_whatever_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from prefill_server.llm import JOB, Job
 
     asked: list[SamplingParams] = []
 
@@ -312,7 +317,7 @@ async def test_the_engine_samples_one_token_whatever_was_asked(monkeypatch: pyte
     JOB.set(job)
     client = SamplingParams(n=4, seed=1, min_tokens=3, max_tokens=9, stop=["x"], temperature=1.0)
     prompt = {"type": "token", "prompt_token_ids": [1, 2, 3]}
-    assert len([o async for o in Bare().generate(prompt, client, "r")]) == 1
+    assert len([o async for o in bare().generate(prompt, client, "r")]) == 1
     (params,) = asked
     assert (params.n, params.max_tokens, params.min_tokens, params.seed) == (1, 1, 0, None)
     assert params.extra_args == {"kv_transfer_params": {"braid": [b"t" * 16, 1, 0]}}
@@ -341,16 +346,7 @@ async def test_a_wanted_token_is_drawn_as_the_client_wants_it(monkeypatch: pytes
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from prefill_server.llm import JOB, Job, PrefillLLM
-
-    class Bare(PrefillLLM):
-        """Without an engine to start or to end."""
-
-        model_config = SimpleNamespace(logits_processors=None)
-
-        def __init__(self) -> None: ...
-
-        def __del__(self) -> None: ...
+    from prefill_server.llm import JOB, Job
 
     asked: list[SamplingParams] = []
     told: list[object] = []
@@ -369,7 +365,7 @@ async def test_a_wanted_token_is_drawn_as_the_client_wants_it(monkeypatch: pytes
         temperature=0.7, top_p=0.9, top_k=5, min_p=0.1, presence_penalty=1.0, max_tokens=1
     )
     prompt = {"type": "token", "prompt_token_ids": [1, 2, 3]}
-    assert len([o async for o in Bare().generate(prompt, client, "r")]) == 1
+    assert len([o async for o in bare().generate(prompt, client, "r")]) == 1
     (params,) = asked
     shape = (params.temperature, params.top_p, params.top_k, params.min_p)
     assert shape == (0.7, 0.9, 5, 0.1)
