@@ -219,12 +219,12 @@ class App:
         call.trace.note(model=model, operation="chat" if endpoint == "chat" else "text_completion")
         label = "responses" if call.path == RESPONSES else endpoint
         n = job.n if strategy is None else strategy.options.n
-        entry = Entry(job.group, job.request_id, label, model, n)
+        call.entry = entry = Entry(job.group, job.request_id, label, model, n)
         self.history.begin(tenant, job.group, entry)
         if strategy is None:
             call.trace.note(n=n)
             work = plain.run(self.cluster, call, job, request.stream, entry)
-            await self._serve(call, label, _Claim(n * job.prompts, tenant, priority), work, entry)
+            await self._serve(call, label, _Claim(n * job.prompts, tenant, priority), work)
             return
         call.trace.note(strategy=strategy.spec.name, n=n)
         until = call.due(strategy.options.deadline_s)
@@ -234,7 +234,7 @@ class App:
             work = plain.run(self.cluster, call, found[0], True, entry, found[1])
         else:
             work = reasoning.run(self.cluster, call, job, strategy, request.stream, entry)
-        await self._serve(call, label, claim, work, entry)
+        await self._serve(call, label, claim, work)
 
     async def _passthrough(self, call: Call, tenant: str) -> None:
         body = await self._body(call)
@@ -262,14 +262,7 @@ class App:
             return "unshareable"
         return "short" if request.chars < self.settings.remote_min_chars else ""
 
-    async def _serve(
-        self,
-        call: Call,
-        endpoint: str,
-        claim: _Claim,
-        work: Coroutine[Any, Any, None],
-        entry: Entry | None = None,
-    ) -> None:
+    async def _serve(self, call: Call, endpoint: str, claim: _Claim, work: Coroutine[Any, Any, None]) -> None:
         """Admit, run and count a request; it ends exactly once, whatever happens."""
         task = asyncio.create_task(call.while_connected(self._admitted(call, endpoint, claim, work)))
         self._running.add(task)
@@ -288,8 +281,8 @@ class App:
         finally:
             self._running.discard(task)
             work.close()
-            if entry is not None:
-                entry.end(outcome)
+            if call.entry is not None:
+                call.entry.end(outcome)
 
     async def _admitted(
         self, call: Call, endpoint: str, claim: _Claim, work: Coroutine[Any, Any, None]

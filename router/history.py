@@ -13,7 +13,7 @@ Where = Callable[[], tuple[str, list[str]]]
 
 class Entry:
     """One request's group. ``follow`` while it runs, ``told`` for each event of its strategy,
-    ``end`` once."""
+    ``end`` before its last bytes leave, and again when it is known what became of them."""
 
     def __init__(self, group: str, request_id: str, endpoint: str, model: str, n: int) -> None:
         self._fixed: dict[str, Any] = {
@@ -58,7 +58,8 @@ class Entry:
             self._report |= {key: report[key] for key in self._report.keys() & report.keys()}
 
     def end(self, outcome: str) -> None:
-        """It has ended: ``completed``, ``failed`` or ``cancelled``. What it ran on is let go of."""
+        """It has ended: ``completed``, ``failed`` or ``cancelled``; the last word counts. Lets go of what it
+        ran on."""
         if self._where is not None:
             self._workers, self._where = self._where(), None
         self._state, self._seconds = outcome, time.monotonic() - self._began

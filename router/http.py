@@ -13,6 +13,7 @@ import msgspec
 from braid.errors import BadRequest, BraidError, ClientGone, TooLarge
 from braid.log import GROUP
 from braid.settings import RouterSettings
+from router.history import Entry
 from router.link import SlowReader
 from router.sse import event
 from router.tracing import OFF, Trace
@@ -58,8 +59,8 @@ _HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 
 
 class Call:
-    """A request and its response. Answers once: :meth:`respond`, or :meth:`start`, :meth:`write`...,
-    :meth:`end`."""
+    """A request and its response. Answers once: :meth:`respond`, or :meth:`start` and :meth:`write` until
+    the last bytes."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, settings: RouterSettings) -> None:
         self.started = False
@@ -74,6 +75,7 @@ class Call:
         self.headers = [(k.decode("latin-1"), v.decode("latin-1")) for k, v in scope["headers"]]
         self.request_id = secrets.token_hex(16)
         self.group = ""
+        self.entry: Entry | None = None
         self._receive = receive
         self._send = send
         self._settings = settings
@@ -174,16 +176,15 @@ class Call:
         await self._deliver({"type": "http.response.start", "status": status, "headers": raw})
 
     async def write(self, data: bytes, more: bool = True) -> None:
-        """Send body bytes; waits while the client is behind.
+        """Send body bytes; waits while the client is behind. Whoever has the last ones finds the entry ended.
 
         Raises:
             SlowReader: for longer than the write timeout.
         """
         self.ended = not more
+        if self.ended and self.entry is not None and self.entry.running:
+            self.entry.end(self.outcome)
         await self._deliver({"type": "http.response.body", "body": data, "more_body": more})
-
-    async def end(self) -> None:
-        await self.write(b"", more=False)
 
     async def fail(self, error: BraidError) -> None:
         """Answer with an error: as the response, or as the last event of a stream that has begun."""

@@ -29,7 +29,7 @@ async def run(
     call: Call,
     job: Job,
     stream: bool,
-    entry: Entry | None = None,
+    entry: Entry,
     direct: Streamed | None = None,
 ) -> None:
     """Answer ``call`` with what the workers make of ``job``, and tell ``entry`` of it. ``direct``: the report
@@ -41,11 +41,8 @@ async def run(
     fanout = Fanout(cluster, job)
     try:
         fanout.start()
-        if entry is not None:
-            entry.follow(lambda: (fanout.prefill, list(records(fanout))))
-        usage = await (_Stream(cluster, call, fanout, direct).run() if stream else _whole(call, fanout))
-        if entry is not None:
-            entry.spent(usage)
+        entry.follow(lambda: (fanout.prefill, list(records(fanout))))
+        await (_Stream(cluster, call, fanout, entry, direct).run() if stream else _whole(call, fanout, entry))
     except Broken as error:
         raise UpstreamFailed(f"A worker's answer could not be used: {error}.") from None
     finally:
@@ -77,12 +74,12 @@ def proof_body(fanout: Fanout) -> dict[str, Any]:
     return {**proof.body(fanout.prefill, records(fanout)), "group": fanout.job.group}
 
 
-async def _whole(call: Call, fanout: Fanout) -> Usage:
+async def _whole(call: Call, fanout: Fanout, entry: Entry) -> None:
     answers = await _collect(fanout)
     for head, body in answers.values():
         if head.status != 200:
             await _respond(call, fanout, head, body)
-            return {}
+            return
     shares = [(share.first, parse_object(body)) for share, (_, body) in answers.items()]
     joined = join_bodies(sorted(shares, key=lambda pair: pair[0]))
     joined["braid"] = proof_body(fanout)
@@ -90,8 +87,8 @@ async def _whole(call: Call, fanout: Fanout) -> Usage:
     told = joined.get("usage")
     usage = told if isinstance(told, dict) else {}
     call.trace.usage(usage)
+    entry.spent(usage)
     await _respond(call, fanout, head, msgspec.json.encode(joined))
-    return usage
 
 
 async def _collect(fanout: Fanout) -> dict[Share, tuple[wire.Head, bytes]]:
@@ -123,7 +120,10 @@ async def _respond(call: Call, fanout: Fanout, head: wire.Head, body: bytes, wit
 class _Stream:
     """One streamed answer. Holds the first bytes until the headers are known."""
 
-    def __init__(self, cluster: Cluster, call: Call, fanout: Fanout, direct: Streamed | None) -> None:
+    def __init__(
+        self, cluster: Cluster, call: Call, fanout: Fanout, entry: Entry, direct: Streamed | None
+    ) -> None:
+        self._entry = entry
         self._direct = direct
         self._cluster = cluster
         self._call = call
@@ -135,8 +135,8 @@ class _Stream:
         self._error: tuple[Share, list[bytes]] | None = None
         self._first_at = 0.0
 
-    async def run(self) -> Usage:
-        """Stream until the end; returns the usage as far as the workers told it."""
+    async def run(self) -> None:
+        """Stream until the end."""
         try:
             async for share, message in self._fanout.events():
                 match message:
@@ -147,26 +147,23 @@ class _Stream:
                         self._on_head(share, message)
                     case wire.Body():
                         if await self._on_body(share, message):
-                            return {}
+                            return
         except DeadlineExceeded:
             if self._direct is None or not self._direct.text:
                 raise
             return await self._cut(self._direct)
         usage = self._joiner.usage or {"prompt_tokens": self._fanout.prompt_tokens or None}
         self._call.trace.usage(usage)
+        self._entry.spent(usage)
         more = (
             {"reasoning": await self._direct.report(usage.get("completion_tokens"))} if self._direct else {}
         )
-        await self._write(self._joiner.finish(proof_body(self._fanout), **more), force=True)
-        await self._call.end()
-        return usage
+        await self._end(self._joiner.finish(proof_body(self._fanout), **more))
 
-    async def _cut(self, direct: Streamed) -> Usage:
+    async def _cut(self, direct: Streamed) -> None:
         """End at the deadline with the text so far."""
         told = {"reasoning": await direct.report(None, "deadline"), "braid": proof_body(self._fanout)}
-        await self._write(event({**direct.cut(), **told}) + DONE, force=True)
-        await self._call.end()
-        return {}
+        await self._end(event({**direct.cut(), **told}) + DONE)
 
     def _on_head(self, share: Share, head: wire.Head) -> None:
         self._heads[share] = head
@@ -182,11 +179,12 @@ class _Stream:
             return await self._on_error_body(share, message)
         if self._direct is not None:
             self._direct.hear(message.data)
-        await self._write(self._joiner.feed(self._position[share], message.data))
+        data = self._joiner.feed(self._position[share], message.data)
         if self._joiner.failed:
             self._call.outcome = "failed"
-            await self._write(b"", force=True)
-            await self._call.end()
+            await self._end(data)
+        else:
+            await self._write(data)
         return self._joiner.failed
 
     async def _on_error_body(self, share: Share, message: wire.Body) -> bool:
@@ -213,8 +211,18 @@ class _Stream:
         if not self._call.started:
             await self._start()
         if self._pending:
-            data, self._pending = b"".join(self._pending), []
-            await self._call.write(data)
+            await self._call.write(self._taken())
+
+    async def _end(self, data: bytes) -> None:
+        """Write the last bytes; they and the end of the stream leave as one."""
+        self._pending.append(data)
+        if not self._call.started:
+            await self._start()
+        await self._call.write(self._taken(), more=False)
+
+    def _taken(self) -> bytes:
+        data, self._pending = b"".join(self._pending), []
+        return data
 
     def _headers_known(self) -> bool:
         waited = asyncio.get_running_loop().time() - self._first_at

@@ -13,10 +13,18 @@ import pytest
 from braid import wire
 from braid.log import JsonFormatter
 from router.history import Entry, History
+from router.http import Call
 from tests.router.conftest import CHAT, MakeStand, Stand, chat
-from tests.router.fake_worker import answer_at_gate, decode_fails, prefill_fails, silent
+from tests.router.fake_worker import answer_at_gate, answer_decode, decode_fails, prefill_fails, silent
 from tests.router.test_reasoning import VOTE, votes
 
+LAST = {
+    (CHAT, True): [b"data: [DONE]"],
+    (CHAT, False): [b"chat.completion"],
+    ("/v1/responses", True): [b"event: response.completed"],
+    ("/v1/responses", False): [b'"object":"response"'],
+}
+"""What the last bytes of a reply have in them and no others."""
 MINE = {"x-braid-group": "exam-7.a_B"}
 
 
@@ -81,6 +89,31 @@ async def test_a_group_is_seen_while_it_runs_and_after(stand: Stand) -> None:
     assert [vote["votes"] for vote in view["votes"]] == [2, 2]
     assert (view["tokens"], view["usage"]["prompt_tokens"], view["prefill"]) == (20, 7, "p0")
     assert view["seconds"] > 0
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/responses"])
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("reasoning", [None, {"strategy": "direct"}, VOTE])
+async def test_who_has_the_last_bytes_finds_the_group_ended(
+    stand: Stand, monkeypatch: pytest.MonkeyPatch, path: str, stream: bool, reasoning: dict[str, Any] | None
+) -> None:
+    """A client may ask on another connection before the router has come to the end of its work."""
+    await stand.workers(decode=votes(7, 5, 7, 7) if reasoning is VOTE else answer_decode)
+    views: list[dict[str, Any]] = []
+    deliver = Call._deliver
+
+    async def look(call: Call, message: Any) -> None:
+        if call.entry is not None and any(b in message.get("body", b"") for b in LAST[path, stream]):
+            views.append(call.entry.view())
+        await deliver(call, message)
+
+    monkeypatch.setattr(Call, "_deliver", look)
+    body = chat(stream=stream) | ({"reasoning": reasoning} if reasoning else {})
+    if path != CHAT:
+        body["input"] = body.pop("messages")
+    assert (await stand.post(path, body)).status_code == 200
+    (view,) = views
+    assert (view["state"], view["usage"]["prompt_tokens"]) == ("completed", 7)
 
 
 async def test_who_left_is_told_as_cancelled(stand: Stand) -> None:
