@@ -4,7 +4,9 @@
 
 Greedy prompts whose answers are known from a calm phase are asked all the time; an answer that is not the
 known one, or not a prefix of it where the stream was cut, is a wrong token. Other clients ask for groups and
-leave when they like. Workers are killed or stopped in turn and come back. At the end nothing may be held.
+leave when they like. Workers are killed or stopped in turn and come back; in the last `--calm-minutes` none
+is, so that the memory of each process can be followed once it has seen the worst. At the end nothing may be
+held.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import asyncio
 import os
 import random
 import signal
+import statistics
 import sys
 import tempfile
 import time
@@ -35,8 +38,8 @@ from deploy.local import Cluster, UpSettings
 REFERENCES = 40
 LENGTHS = (8, 40, 400, 1500, 3000)
 TOKENS = 32
-SAMPLE_S = 10.0
-WARM_S = 120.0
+SAMPLE_S = 30.0
+WARM_S = 240.0
 LEAST_S = 300.0
 PAUSE_S = 5.0
 BACK_S = 240.0
@@ -45,12 +48,15 @@ HELD = ("running", "waiting", "requests", "imports", "jobs", "dispatches", "load
 
 
 class Rss(msgspec.Struct):
-    """Resident memory of a worker with all its processes, `at` seconds into the run."""
+    """Resident memory of one process of a worker, `at` seconds into the run. `anonymous` leaves out files and
+    shared memory."""
 
     at: float
     worker: str
     pid: int
+    name: str
     mib: float
+    anonymous: float
 
 
 class Soak:
@@ -67,6 +73,7 @@ class Soak:
         self.rss: list[Rss] = []
         self.known: list[tuple[dict[str, Any], str]] = []
         self.started = time.monotonic()
+        self.last_fault = 0.0
 
     async def learn(self) -> None:
         """Ask every reference prompt while nothing disturbs."""
@@ -136,14 +143,16 @@ class Soak:
         while time.monotonic() + every_s < until:
             await asyncio.sleep(every_s)
             name = self.rng.choice(workers)
+            self.last_fault = time.monotonic() - self.started
             if self.rng.random() < 0.3:
                 self.faults[f"stopped {name}"] += 1
                 os.killpg(self.cluster.pids[name], signal.SIGSTOP)
                 await asyncio.sleep(PAUSE_S)
                 os.killpg(self.cluster.pids[name], signal.SIGCONT)
-                continue
-            self.faults[f"killed {name}"] += 1
-            await self.restart(name)
+            else:
+                self.faults[f"killed {name}"] += 1
+                await self.restart(name)
+            self.last_fault = time.monotonic() - self.started
 
     async def restart(self, name: str) -> None:
         """Kill a worker and start it again; returns when the router has it back."""
@@ -172,9 +181,10 @@ class Soak:
     async def watch(self, until: float) -> None:
         while time.monotonic() < until:
             at = time.monotonic() - self.started
-            for name, pid in dict(self.cluster.pids).items():
-                mib = sum(map(resident_mib, [pid, *descendants(pid)]))
-                self.rss.append(Rss(round(at, 1), name, pid, round(mib, 1)))
+            for name, root in dict(self.cluster.pids).items():
+                self.rss += [
+                    Rss(round(at, 1), name, pid, *own) for pid in family(root) if (own := memory(pid))
+                ]
             progress(
                 f"{at / 60:.1f} min: {dict(self.outcomes)}, wrong {len(self.wrong)}, {dict(self.faults)}"
             )
@@ -200,11 +210,12 @@ class Soak:
             await asyncio.sleep(0.2)
         return True
 
-    async def run(self, minutes: float, clients: int, every_s: float) -> dict[str, Any]:
+    async def run(self, minutes: float, calm_minutes: float, clients: int, every_s: float) -> dict[str, Any]:
         await self.learn()
         end = time.monotonic() + minutes * 60
+        calm = end - calm_minutes * 60
         await asyncio.gather(
-            *(self.ask(end) for _ in range(clients)), self.disturb(end, every_s), self.watch(end)
+            *(self.ask(end) for _ in range(clients)), self.disturb(calm, every_s), self.watch(end)
         )
 
         async def nothing_held() -> bool:
@@ -217,39 +228,57 @@ class Soak:
             "faults": dict(self.faults),
             "wrong": self.wrong,
             "held_at_the_end": await self.held(),
-            "rss_slopes": slopes(self.rss),
+            "last_fault_s": round(self.last_fault, 1),
+            "rss_slopes": slopes(self.rss, self.last_fault),
             "rss": self.rss,
         }
 
 
-def slopes(samples: Sequence[Rss]) -> dict[str, dict[str, float]]:
-    """MiB an hour of each process that lived at least LEAST_S after its first WARM_S, by least squares."""
-    lives: dict[tuple[str, int], list[Rss]] = defaultdict(list)
+def slopes(samples: Sequence[Rss], since: float) -> list[dict[str, Any]]:
+    """MiB an hour of each process that lived at least LEAST_S after its first WARM_S and those after `since`,
+    by least squares."""
+    lives: dict[tuple[str, str, int], list[Rss]] = defaultdict(list)
     for sample in samples:
-        lives[sample.worker, sample.pid].append(sample)
-    found = {}
-    for (worker, pid), life in lives.items():
-        warm = [s for s in life if s.at >= life[0].at + WARM_S]
+        lives[sample.worker, sample.name, sample.pid].append(sample)
+    found = []
+    for (worker, name, _), life in sorted(lives.items()):
+        warm = [s for s in life if s.at >= max(life[0].at, since) + WARM_S]
         if len(warm) > 2 and warm[-1].at - warm[0].at >= LEAST_S:
-            mean_at = sum(s.at for s in warm) / len(warm)
-            mean = sum(s.mib for s in warm) / len(warm)
-            spread = sum((s.at - mean_at) ** 2 for s in warm)
-            slope = sum((s.at - mean_at) * (s.mib - mean) for s in warm) / spread
-            found[f"{worker} {pid}"] = {
-                "mib_an_hour": round(slope * 3600, 1),
-                "minutes": round((warm[-1].at - warm[0].at) / 60, 1),
-                "mib": round(mean, 1),
-            }
+            at = [s.at / 3600 for s in warm]
+            found.append(
+                {
+                    "worker": worker,
+                    "process": name,
+                    "minutes": round((warm[-1].at - warm[0].at) / 60, 1),
+                    "mib": round(statistics.mean(s.mib for s in warm), 1),
+                    "mib_an_hour": _slope(at, [s.mib for s in warm]),
+                    "anonymous_an_hour": _slope(at, [s.anonymous for s in warm]),
+                    "highest_at_minute": round(max(warm, key=lambda s: s.mib).at / 60, 1),
+                }
+            )
     return found
 
 
-def resident_mib(pid: int) -> float:
-    """Resident memory of one process; 0 if it has ended."""
+def _slope(at: Sequence[float], values: Sequence[float]) -> float:
+    return round(statistics.linear_regression(at, values).slope, 1)
+
+
+def family(root: int) -> list[int]:
+    """A process and all below it."""
+    return [root, *descendants(root)]
+
+
+def memory(pid: int) -> tuple[str, float, float] | None:
+    """Name, resident and anonymous memory of one process in MiB; None if it has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError):
-        return 0.0
-    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS")), 0.0)
+        return None
+    told = dict(line.split(":", 1) for line in lines)
+    if "VmRSS" not in told:
+        return None
+    total, anonymous = (round(int(told[key].split()[0]) / 1024, 1) for key in ("VmRSS", "RssAnon"))
+    return told["Name"].strip(), total, anonymous
 
 
 def progress(line: str) -> None:
@@ -263,6 +292,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument(
+        "--calm-minutes", type=float, default=20.0, help="part of them without faults, at the end"
+    )
     parser.add_argument("--clients", type=int, default=6)
     parser.add_argument("--fault-every-s", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0)
@@ -273,7 +305,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = UpSettings(prefill=1, decode=2, port=0, run_dir=Path(run_dir), start_timeout_s=600)
         with Cluster(settings, []) as cluster:
             soak = Soak(cluster.wait_ready(), args.seed)
-            found = asyncio.run(soak.run(args.minutes, args.clients, args.fault_every_s))
+            found = asyncio.run(soak.run(args.minutes, args.calm_minutes, args.clients, args.fault_every_s))
     result = {
         "benchmark": "soak",
         "started": begun.isoformat(timespec="seconds"),

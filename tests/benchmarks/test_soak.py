@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ class EndedRun:
     def __init__(self, cluster: Any, seed: int) -> None:
         self.seed = seed
 
-    async def run(self, minutes: float, clients: int, every_s: float) -> dict[str, Any]:
+    async def run(self, minutes: float, calm_minutes: float, clients: int, every_s: float) -> dict[str, Any]:
         return {"wrong": [], "held_at_the_end": {}, "rss": [1, 2, 3]}
 
 
@@ -98,3 +99,29 @@ async def test_the_next_fault_waits_until_a_killed_worker_is_back(monkeypatch: p
         await run.restart("decode-0")
     assert cluster.alive
     assert (cluster.unseen, cluster.coming) == (0, 0)
+
+
+def test_memory_is_followed_from_the_last_fault_on() -> None:
+    def life(pid: int, begun: int, ended: int, mib: Callable[[int], float]) -> list[soak.Rss]:
+        return [soak.Rss(at, "decode-0", pid, "core", mib(at), 10.0) for at in range(begun, ended, 30)]
+
+    samples = life(1, 0, 1200, lambda at: 100.0)  # killed
+    samples += life(2, 1200, 3600, lambda at: 100 + max(0, 1500 - at) + at / 3600)
+    (found,) = soak.slopes(samples, since=1300)
+    assert (found["worker"], found["process"], found["mib_an_hour"]) == ("decode-0", "core", 1.0)
+    assert (found["anonymous_an_hour"], found["highest_at_minute"]) == (0.0, 59.5)
+    assert found["minutes"] == pytest.approx((3600 - 1300 - soak.WARM_S) / 60, abs=1)
+
+
+def test_each_process_of_a_worker_is_weighed_alone() -> None:
+    with subprocess.Popen(["sleep", "60"]) as child:
+        below = soak.family(os.getpid())
+        assert below[0] == os.getpid()
+        assert child.pid in below
+        own, its = soak.memory(os.getpid()), soak.memory(child.pid)
+        child.kill()
+    assert own is not None
+    assert its is not None
+    assert (its[0], its[1] < own[1]) == ("sleep", True)
+    assert 0 < own[2] < own[1]
+    assert soak.memory(child.pid) is None
