@@ -132,7 +132,7 @@ def run(invocation: Invocation) -> int:
             process = _import(f"{invocation.command}_server.main")
             return int(process.main(invocation.settings, list(invocation.rest)) or 0)
         case "up":
-            return int(_import("deploy.local").main(invocation.settings, list(invocation.rest)))
+            return int(_import("deploy.up").main(invocation.settings, list(invocation.rest)))
         case "sim":
             return int(_import("braid.sim.serve").main(invocation.settings))
         case "doctor":

@@ -24,17 +24,14 @@ from deploy.local import (
     Model,
     Plan,
     Role,
-    StopFlag,
-    Supervisor,
     UpSettings,
-    banner,
     demo_model,
     free_port,
     further,
-    main,
 )
 from deploy.placement import Hardware
 from deploy.progress import Progress, last_event
+from deploy.up import StopFlag, Supervisor, banner, main
 
 ROUTER = """
 import json, sys
