@@ -11,7 +11,6 @@ another distribution.
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import time
 from collections.abc import Callable
@@ -22,12 +21,9 @@ from vllm.sampling_params import SamplingParams, SamplingType
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.metrics.stats import IterationStats
 
-from braid import wire
 from braid.worker.shape import shape_of
+from braid.worker.told import Told
 from decode_server.metrics import FIRST
-
-WAIT_S = 0.03
-"""How long a sample that has its KV and its seat waits for the token: twice what drawing it here takes."""
 
 _FREE = frozenset(
     {"n", "temperature", "top_p", "top_k", "min_p", "seed", "max_tokens", "ignore_eos", "detokenize"}
@@ -43,7 +39,7 @@ _FIXED = [
 ]
 
 
-class First:
+class First(Told):
     """The token that the prefill worker of a dispatch draws.
 
     Args:
@@ -52,25 +48,14 @@ class First:
     """
 
     def __init__(self, roomy: Callable[[], bool]) -> None:
+        super().__init__()
         self._roomy = roomy
-        self.restart()
-
-    def restart(self) -> None:
-        """Another prefill worker draws it: what was told is void."""
-        self._told: asyncio.Future[wire.First] = asyncio.get_running_loop().create_future()
-
-    def tell(self, first: wire.First) -> None:
-        """It has been drawn. Idempotent."""
-        if not self._told.done():
-            self._told.set_result(first)
 
     async def of(self, params: SamplingParams) -> int | None:
-        """The token if a sample of these parameters begins with it; waits for it for :data:`WAIT_S`."""
+        """The token if a sample of these parameters begins with it; waits for it."""
         if not drawable(params):
             return None
-        if not self._told.done():
-            await asyncio.wait([self._told], timeout=WAIT_S)
-        first = self._told.result() if self._told.done() else None
+        first = await self.wait()
         if first is None:
             outcome = "late"
         elif first.shape != shape_of(params):

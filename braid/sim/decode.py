@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ from braid.sim.tokens import Prompt
 from braid.sim.watch import lowest, watched
 from braid.worker.seats import DispatchFlow, Seat, Seats
 from braid.worker.source import Source
+from braid.worker.told import Told, roomy
 
 log = logging.getLogger("braid.sim")
 
@@ -40,13 +41,15 @@ class Identity(msgspec.Struct, frozen=True):
 
 @dataclass(slots=True, eq=False)
 class _Sample:
-    """One sample of a dispatch. ``number`` is the group's, ``index`` the body's."""
+    """One sample of a dispatch. ``number`` is the group's, ``index`` the body's. ``entered``: the engine has
+    it."""
 
     number: int
     index: int
     part: _Part
     sequence: Sequence
     seat: Seat | None = None
+    entered: bool = False
     state: str = ""
     said: int = 0
 
@@ -64,11 +67,13 @@ class _Part:
 
 @dataclass(slots=True, eq=False)
 class _Dispatch:
-    """A ``Decode`` that runs. ``cancelled``: numbers that the router no longer wants."""
+    """A ``Decode`` that runs. ``cancelled``: numbers that the router no longer wants. ``told``: the first
+    token, where a prefill worker draws it."""
 
     message: wire.Decode
     source: Source
     flow: DispatchFlow
+    told: Told | None
     task: asyncio.Task[None] | None = None
     ask: Ask | None = None
     words: reply.Words | None = None
@@ -119,17 +124,17 @@ class DecodeService:
         self._profile = profile
         self._running: dict[int, _Dispatch] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._firsts = 0
 
     def start(self, message: wire.Prefill | wire.Decode) -> None:
         if isinstance(message, wire.Prefill) or message.ref in self._running:
             log.warning("unexpected_dispatch", extra={"ref": message.ref})
             return
         flow = DispatchFlow(group=message.several, priority=message.priority)
-        dispatch = _Dispatch(message, Source(message.ticket, message.reason), flow)
+        told = Told() if message.drawn else None
+        dispatch = _Dispatch(message, Source(message.ticket, message.reason), flow, told)
         self._running[message.ref] = dispatch
-        dispatch.task = asyncio.create_task(self._guard(dispatch))
-        self._tasks.add(dispatch.task)
-        dispatch.task.add_done_callback(self._tasks.discard)
+        dispatch.task = self._spawn(self._guard(dispatch))
 
     def cancel(self, message: wire.Cancel) -> None:
         """What is cancelled has given its blocks back when this returns, but for a prompt that is on its
@@ -149,9 +154,14 @@ class DecodeService:
     def lost(self, message: wire.Lost) -> None:
         if (dispatch := self._running.get(message.ref)) is not None:
             dispatch.source.change(message.ticket, message.reason)
+            if dispatch.told is not None:
+                dispatch.told.restart()
 
     def first(self, message: wire.First) -> None:
-        """Nothing: a simulated prefill worker draws no token."""
+        """The first token is drawn; which one it is has been made up here."""
+        dispatch = self._running.get(message.ref)
+        if dispatch is not None and dispatch.told is not None:
+            dispatch.told.tell(message)
 
     def forget(self, message: wire.Forget) -> None:
         for name in message.names:
@@ -192,6 +202,7 @@ class DecodeService:
             "kept": len(self._kept),
             "imports": len(self._imports.blocks),
             **self.seats.stats(),
+            "firsts": self._firsts,
             "steps": engine.steps,
             "busy_s": round(engine.busy_s, 6),
             "lag_s": round(engine.lag_s, 6),
@@ -261,20 +272,53 @@ class DecodeService:
             self._sample_ended(dispatch, sample, "cancelled")
             return
         dispatch.flow.most = ask.limits.most
-        sample.seat = self.seats.ask(dispatch.flow, lambda seated: self._seated(sample, seated))
+        sample.seat = self.seats.ask(dispatch.flow, lambda seated: self._seated(dispatch, sample, seated))
 
-    def _seated(self, sample: _Sample, seated: bool) -> None:
+    def _seated(self, dispatch: _Dispatch, sample: _Sample, seated: bool) -> None:
         """A sample's turn, or its end before that."""
-        if seated:
-            self._engine.add(sample.sequence)
-        else:
+        if not seated:
             sample.sequence.ended = True
+        elif dispatch.told is not None and dispatch.ask is not None and _drawable(dispatch.ask):
+            self._spawn(self._begun(dispatch, sample, dispatch.told))
+        else:
+            self._enter(sample)
+
+    def _enter(self, sample: _Sample) -> None:
+        sample.entered = True
+        self._engine.add(sample.sequence)
+
+    async def _begun(self, dispatch: _Dispatch, sample: _Sample, told: Told) -> None:
+        """Begin with the first token that a prefill worker has drawn, if it says so in time and the engine
+        goes on at once; as :mod:`decode_server.first`."""
+        drawn, sequence = await told.wait() is not None, sample.sequence
+        if sequence.ended:
+            return
+        if drawn and self._roomy():
+            self._firsts += 1
+            sequence.generated, sequence.ready = 1, len(sequence.prompt)
+            sequence.ended = sequence.draw.tokens == 1
+        if not sequence.ended:
+            self._enter(sample)
+        if sequence.generated:
+            self._progressed(dispatch, sample)
+
+    def _roomy(self) -> bool:
+        scheduler = self._engine.scheduler
+        return roomy(len(scheduler.waiting), scheduler.pool.free_blocks, scheduler.pool.blocks)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     def _stop(self, sample: _Sample) -> None:
         """End a sample in the engine, or on its way there; its seat is another's when this returns."""
         if sample.seat is not None:
-            if sample.seat.entry is None:
+            if sample.entered:
                 self._engine.abort(sample.sequence)
+            else:
+                sample.sequence.ended = True
             self.seats.leave(sample.seat, sample.sequence.generated)
 
     def _progressed(self, dispatch: _Dispatch, sample: _Sample) -> None:
@@ -417,6 +461,11 @@ class DecodeService:
         dispatch.ended.set()
         if dispatch.task is not asyncio.current_task() and dispatch.task is not None:
             dispatch.task.cancel()
+
+
+def _drawable(ask: Ask) -> bool:
+    """Whether a first token drawn elsewhere is as good as one drawn here."""
+    return ask.logprobs is None and not ask.limits.least and (ask.greedy or ask.seed is None)
 
 
 def _finish(said: Draw, count: int) -> str:

@@ -25,6 +25,9 @@ from kvtransfer.plan import CHAIN_TOKENS, chain, finished_blocks
 
 log = logging.getLogger("braid.sim")
 
+SHAPE: wire.Shape = (1.0, 1.0, 0, 0.0)
+"""What a first token is said to be drawn with; a simulated decode worker makes it up in any case."""
+
 
 @dataclass(slots=True, eq=False)
 class _Job:
@@ -144,6 +147,8 @@ class PrefillService:
             self._keys.setdefault(message.ref, []).append(key)
             await self._producer.open(self._lease(message, key, prompt), self._content(prompt))
             await self._compute(job, key, prompt)
+        if message.draw:
+            self._send(wire.First(message.ref, 0, SHAPE))
         return 200, b""
 
     async def _compute(self, job: _Job, key: kv.Key, prompt: Prompt) -> None:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from braid import wire
+from braid.worker import told
 from braid.worker.engine import Engine
 from kvtransfer.wire import Stats
-
-FREE_SHARE = 0.1
-"""Part of a cache that is free where its engine is not about to run out of it."""
 
 
 class Counters:
@@ -29,10 +27,8 @@ class Counters:
         self.kv = await self._engine.control.stats()
 
     def roomy(self) -> bool:
-        """Whether the engine begins at once with what it is given: nothing waits, and a tenth of its cache is
-        free."""
-        free, blocks = self.core.get("free", 1), self.core.get("blocks", 1)
-        return not self.core.get("waiting", 0) and free >= FREE_SHARE * blocks
+        """Whether the engine begins at once with what it is given."""
+        return told.roomy(self.core.get("waiting", 0), self.core.get("free", 1), self.core.get("blocks", 1))
 
     def beat(self) -> wire.Beat:
         """The worker's heartbeat; ``tickets`` are leases held or loads in flight."""

@@ -119,9 +119,7 @@ async def test_a_token_that_comes_later_is_waited_for() -> None:
 
 
 async def test_a_token_that_does_not_come_costs_a_short_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    from decode_server import first
-
-    monkeypatch.setattr(first, "WAIT_S", 0.001)
+    monkeypatch.setattr("braid.worker.told.WAIT_S", 0.001)
     desk = Desk()
     await desk.add(request())
     ((asked, _),) = desk.asked

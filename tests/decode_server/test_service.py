@@ -252,9 +252,7 @@ async def test_a_first_token_that_nobody_waits_for_is_ignored(stand: Stand) -> N
 async def test_what_a_lost_prefill_worker_drew_is_void(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.sampling_params import SamplingParams
 
-    from decode_server import first
-
-    monkeypatch.setattr(first, "WAIT_S", 0.001)
+    monkeypatch.setattr("braid.worker.told.WAIT_S", 0.001)
     stand.handler = hang
     stand.service.start(wire.Decode(1, "/v1/completions", b"{}", "r", DEADLINE_S, drawn=True))
     drawn = stand.service._running[1].job.drawn

@@ -46,7 +46,7 @@ async def test_a_live_server_is_fitted_and_a_simulated_one_is_named_so(fleet: Fl
     assert len(told["measurements"]) == 6 + 12
     found = load_model(out)
     wide = found.seconds(32, 32 * 1024, 0) / (0.3 * DEFAULT.seconds(32, 32 * 1024, 0))
-    assert 0.5 < wide < 3  # a busy machine is slow, never fast
+    assert 0.5 < wide < 30  # a busy machine is slow, never fast; the bound above is for units
 
 
 async def test_a_server_that_answers_nothing_is_no_model(fleet: Fleet, tmp_path: Path) -> None:
