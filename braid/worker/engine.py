@@ -94,9 +94,16 @@ class Engine:
         return await self.llm.engine_core.call_utility_async(method, *args)
 
 
+KERNELS = 128
+"""Kernels that oneDNN keeps in a process, one for each number of tokens in a step and each shape of a layer's
+weights: as many sizes as vLLM keeps for each layer. At oneDNN's own bound of 1,024 the matrix products of the
+demo model grow by 0.7 GiB over steps of 500 sizes, at this one by 0.2, and are as fast."""
+
+
 def engine_environment(model: str) -> None:
-    """Settings of vLLM that only the environment carries; what is set already stays."""
+    """Settings of vLLM and what it stands on that only the environment carries; what is set already stays."""
     defaults = {
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(KERNELS),
         "GLOO_SOCKET_IFNAME": "lo",
         "VLLM_HOST_IP": "127.0.0.1",
         "VLLM_NO_USAGE_STATS": "1",

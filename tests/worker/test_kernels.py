@@ -1,0 +1,49 @@
+"""What an engine on CPUs keeps of the kernels that its steps need."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+GROW = """
+import torch
+from braid.worker.engine import engine_environment
+engine_environment("nowhere")
+import vllm._custom_ops as ops
+from vllm.platforms import current_platform
+
+def own():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("RssAnon"))
+
+current_platform.import_kernels()
+torch.set_num_threads(1)
+steps = torch.randn(512, 256)
+layers = [ops.create_onednn_mm(torch.randn(n, 256).t(), 32) for n in (256, 512, 1536)]
+for layer in layers:
+    ops.onednn_mm(layer, steps, None)
+before = own()
+for tokens in range(1, 512):
+    for layer in layers:
+        ops.onednn_mm(layer, steps[:tokens], None)
+print(own() - before)
+"""
+
+
+def grown(**environment: str) -> int:
+    """KiB by which steps of every number of tokens make a process larger."""
+    given = {name: value for name, value in os.environ.items() if not name.startswith("ONEDNN")}
+    ran = subprocess.run(
+        [sys.executable, "-c", GROW], env=given | environment, capture_output=True, text=True, check=True
+    )
+    return int(ran.stdout.splitlines()[-1])
+
+
+@pytest.mark.engine
+def test_kernels_for_steps_of_all_sizes_are_not_kept() -> None:
+    """The memory of workers with random prompts grew for an hour."""
+    ours, theirs = grown(), grown(ONEDNN_PRIMITIVE_CACHE_CAPACITY="1024")
+    assert ours < theirs / 2
