@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from kvtransfer.transport import ConsumerSide, ConsumerTransport, ProducerSide, ProducerTransport
-from kvtransfer.transport.collective import CollectiveConsumer, CollectiveProducer, backend_of
+from kvtransfer.transport.collective import CollectiveConsumer, CollectiveProducer
+from kvtransfer.transport.group import backend_of
 from kvtransfer.transport.nixl import NixlConsumer, NixlProducer
 from kvtransfer.transport.shm import ShmConsumer, ShmProducer
 from kvtransfer.transport.zmq import ZmqConsumer, ZmqProducer

@@ -14,8 +14,9 @@ import torch
 
 from kvtransfer import wire
 from kvtransfer.loop import Loop
-from kvtransfer.transport import Unavailable, collective
-from kvtransfer.transport.collective import Gloo, Session, Terms, backend_of
+from kvtransfer.transport import Unavailable
+from kvtransfer.transport.collective import Terms
+from kvtransfer.transport.group import Gloo, Session, backend_of
 from tests.kvtransfer.ends import DEADLINE_S, ConsumerEnd, Pair, make_key, same
 from tests.kvtransfer.raw import RawProducer
 from tests.kvtransfer.transport.contract import InOneProcess, InTwoProcesses
@@ -121,7 +122,7 @@ def test_jobs_put_before_the_halves_meet_are_done_in_order(halves: Halves) -> No
 
 
 def test_a_half_whose_other_never_comes_fails(halves: Halves, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collective, "BUILD_S", 0.2)
+    monkeypatch.setattr("kvtransfer.transport.group.BUILD_S", 0.2)
     halves.start(meet=False)
     halves.expect_failures(2)
 
@@ -183,7 +184,7 @@ def d() -> Iterator[ConsumerEnd]:
 def test_a_producer_that_does_not_come_to_the_rendezvous_is_used_without(
     d: ConsumerEnd, raw: RawProducer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(collective, "BUILD_S", 0.2)
+    monkeypatch.setattr("kvtransfer.transport.group.BUILD_S", 0.2)
     d.load(KEY, raw.endpoint, (1, 2))
     assert [name for name, _ in raw.welcome("collective", TERMS).offers] == ["collective", "zmq"]
     assert [name for name, _ in raw.expect(wire.Hello).offers] == ["zmq"]
