@@ -14,4 +14,5 @@ Layers, each knowing only those above it in this list:
 - :mod:`kvtransfer.producer`, :mod:`kvtransfer.consumer` -- the two ends
 - :mod:`kvtransfer.control` -- how a server process commands the ends in its engine's workers
 - :mod:`kvtransfer.adapter` -- the only part that imports vLLM
+- :mod:`kvtransfer.example` -- the ends without any of Braid, in two processes
 """
