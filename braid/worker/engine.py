@@ -97,7 +97,7 @@ class Engine:
 KERNELS = 128
 """Kernels that oneDNN keeps in a process, one for each number of tokens in a step and each shape of a layer's
 weights: as many sizes as vLLM keeps for each layer. At oneDNN's own bound of 1,024 the matrix products of the
-demo model grow by 0.7 GiB over steps of 500 sizes, at this one by 0.2, and are as fast."""
+demo model grow by 0.7 GiB over steps of 500 sizes, at this one by 0.1, and are as fast."""
 
 
 def engine_environment(model: str) -> None:
