@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -18,8 +17,6 @@ from router.history import Entry
 from router.http import Call, Headers, headers_for_clients
 from router.sse import DONE, Broken, Joiner, event, join_bodies, parse_object
 
-Usage = Mapping[str, Any]
-"""OpenAI's usage object; empty where nothing is known."""
 HEADS_WAIT_S = 0.1
 """How long the first bytes of a stream wait for the other shares, so that the headers tell of all."""
 
@@ -158,12 +155,12 @@ class _Stream:
         more = (
             {"reasoning": await self._direct.report(usage.get("completion_tokens"))} if self._direct else {}
         )
-        await self._end(self._joiner.finish(proof_body(self._fanout), **more))
+        await self._write(self._joiner.finish(proof_body(self._fanout), **more), last=True)
 
     async def _cut(self, direct: Streamed) -> None:
         """End at the deadline with the text so far."""
         told = {"reasoning": await direct.report(None, "deadline"), "braid": proof_body(self._fanout)}
-        await self._end(event({**direct.cut(), **told}) + DONE)
+        await self._write(event({**direct.cut(), **told}) + DONE, last=True)
 
     def _on_head(self, share: Share, head: wire.Head) -> None:
         self._heads[share] = head
@@ -182,9 +179,7 @@ class _Stream:
         data = self._joiner.feed(self._position[share], message.data)
         if self._joiner.failed:
             self._call.outcome = "failed"
-            await self._end(data)
-        else:
-            await self._write(data)
+        await self._write(data, last=self._joiner.failed)
         return self._joiner.failed
 
     async def _on_error_body(self, share: Share, message: wire.Body) -> bool:
@@ -203,26 +198,18 @@ class _Stream:
             await _respond(self._call, self._fanout, self._heads[share], body)
         return True
 
-    async def _write(self, data: bytes, force: bool = False) -> None:
+    async def _write(self, data: bytes, force: bool = False, last: bool = False) -> None:
+        """Write once the headers are known; ``force``: as far as they are. The ``last`` bytes leave together
+        with the end of the stream."""
         if data:
             self._pending.append(data)
-        if not (force or (self._pending and self._headers_known())):
+        if not (force or last or (self._pending and self._headers_known())):
             return
         if not self._call.started:
             await self._start()
-        if self._pending:
-            await self._call.write(self._taken())
-
-    async def _end(self, data: bytes) -> None:
-        """Write the last bytes; they and the end of the stream leave as one."""
-        self._pending.append(data)
-        if not self._call.started:
-            await self._start()
-        await self._call.write(self._taken(), more=False)
-
-    def _taken(self) -> bytes:
-        data, self._pending = b"".join(self._pending), []
-        return data
+        if self._pending or last:
+            data, self._pending = b"".join(self._pending), []
+            await self._call.write(data, more=not last)
 
     def _headers_known(self) -> bool:
         waited = asyncio.get_running_loop().time() - self._first_at
