@@ -23,6 +23,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ REFERENCES = 40
 LENGTHS = (8, 40, 400, 1500, 3000)
 TOKENS = 32
 SAMPLE_S = 30.0
-WARM_S = 240.0
+WARM_S = 900.0
+"""What an engine on CPUs takes to have met most sizes of steps."""
 LEAST_S = 300.0
 PAUSE_S = 5.0
 BACK_S = 240.0
@@ -243,7 +245,7 @@ def slopes(samples: Sequence[Rss], since: float) -> list[dict[str, Any]]:
     found = []
     for (worker, name, _), life in sorted(lives.items()):
         warm = [s for s in life if s.at >= max(life[0].at, since) + WARM_S]
-        if len(warm) > 2 and warm[-1].at - warm[0].at >= LEAST_S:
+        if len(warm) > 3 and warm[-1].at - warm[0].at >= LEAST_S:
             at = [s.at / 3600 for s in warm]
             found.append(
                 {
@@ -251,6 +253,7 @@ def slopes(samples: Sequence[Rss], since: float) -> list[dict[str, Any]]:
                     "process": name,
                     "minutes": round((warm[-1].at - warm[0].at) / 60, 1),
                     "mib": round(statistics.mean(s.mib for s in warm), 1),
+                    "mib_quarters": _quarters([s.mib for s in warm]),
                     "mib_an_hour": _slope(at, [s.mib for s in warm]),
                     "anonymous_an_hour": _slope(at, [s.anonymous for s in warm]),
                     "highest_at_minute": round(max(warm, key=lambda s: s.mib).at / 60, 1),
@@ -261,6 +264,12 @@ def slopes(samples: Sequence[Rss], since: float) -> list[dict[str, Any]]:
 
 def _slope(at: Sequence[float], values: Sequence[float]) -> float:
     return round(statistics.linear_regression(at, values).slope, 1)
+
+
+def _quarters(values: Sequence[float]) -> list[float]:
+    """Means of four parts of equal length."""
+    ends = [len(values) * part // 4 for part in range(5)]
+    return [round(statistics.mean(values[a:b]), 1) for a, b in pairwise(ends)]
 
 
 def family(root: int) -> list[int]:

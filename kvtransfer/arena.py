@@ -2,7 +2,8 @@
 
 The memory has no name in the file system (``memfd_create``): the kernel takes it back when the last process
 that holds it ends, however it ends. Nothing is allocated until it is touched; regions are handed out from
-the lowest free address on, so that a lightly used arena stays small and warm.
+the lowest free address on, so that a lightly used arena stays small and warm, and what only a burst has
+touched is given back (:meth:`Arena.give_back`).
 """
 
 from __future__ import annotations
@@ -47,6 +48,9 @@ class Arena:
         self.memory[:_NONCE_BYTES] = self._nonce
         self._free: list[tuple[int, int]] = [(ALIGN, self.capacity)]
         self.used = 0
+        self._touched = ALIGN  # end of what has pages
+        self._lately = ALIGN  # end of what was handed out since pages were last given back
+        self._held = False
 
     @property
     def ref(self) -> ArenaRef:
@@ -63,6 +67,7 @@ class Arena:
                 else:
                     self._free[index] = (at + size, room - size)
                 self.used += size
+                self._lately = max(self._lately, at + size)
                 return at
         return None
 
@@ -78,6 +83,30 @@ class Arena:
             size += self._free.pop(index)[1]
         insort(self._free, (at, size))
         self.used = self.capacity - sum(room for _, room in self._free)
+
+    def hold_pages(self) -> None:
+        """From now on the pages are a device's too (pinned, registered): none is given back."""
+        self._held = True
+
+    def give_back(self) -> int:
+        """Give the kernel the pages above all that is handed out, or was since the last call.
+
+        They read as zeros, here and where a peer has them mapped, until they are written again. Returns how
+        many bytes it were.
+        """
+        self._touched = max(self._touched, self._lately)
+        begin, end = _whole_pages(self._lately), _whole_pages(self._touched)
+        self._lately = self._top()
+        if self._held or begin >= end:
+            return 0
+        self._mmap.madvise(mmap.MADV_REMOVE, begin, end - begin)
+        self._touched = begin
+        return end - begin
+
+    def _top(self) -> int:
+        """End of the highest region that is handed out."""
+        at, room = self._free[-1] if self._free else (self._nbytes, 0)
+        return at if at + room == self._nbytes else self._nbytes
 
     def close(self) -> None:
         """Let go of the memory. Views of it that still exist keep their pages."""
@@ -113,3 +142,8 @@ def open_arena(ref: ArenaRef) -> memoryview:
 
 def _aligned(nbytes: int) -> int:
     return max(1, -(-nbytes // ALIGN)) * ALIGN
+
+
+def _whole_pages(nbytes: int) -> int:
+    """Rounded up: a page may be larger than ``ALIGN``."""
+    return -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE

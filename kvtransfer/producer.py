@@ -51,6 +51,9 @@ SILENCE_S = 1.0
 IDLE_S = 60.0
 """The same, for one that waits for nothing: so a session does not outlast its consumer for good."""
 
+GIVE_BACK_S = 60.0
+"""Staging that nothing used for this long loses its pages, but for what lies below something used."""
+
 Fill = Callable[[range, torch.Tensor], Fence | None]
 """Writes blocks, numbered from the first one handed over, into ``[layers, count, heads, row_bytes]``."""
 
@@ -122,6 +125,7 @@ class Producer:
         self._lock = threading.Lock()  # a lease's end against a thread that begins to fill it
         self._waiter = Waiter(loop, "braid-kv-fence")
         self._sessions: dict[bytes, _Session] = {}
+        self._give_back_at = time.monotonic() + GIVE_BACK_S
         self._departed: dict[bytes, _Session] = {}  # ended, and their memory may still be read
         self._socket = self._bind(context, bind, keys_dir)
         self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
@@ -485,6 +489,9 @@ class Producer:
             self._forget(session)
         if self.table.closing:
             self._grant()
+        if time.monotonic() >= self._give_back_at:
+            self._give_back_at = time.monotonic() + GIVE_BACK_S
+            self._arena.give_back()
 
     def _look_after_silent(self) -> None:
         """Send something to consumers that wait in silence: ZMQ knows whether they are still connected."""

@@ -6,7 +6,7 @@ import asyncio
 import logging
 
 from braid import log as braid_log
-from braid.heap import freeze_heap
+from braid.heap import freeze_heap, keep_heap_trimmed
 from braid.http import listen
 from braid.settings import RouterSettings
 from braid.signals import stop_on_signal
@@ -37,6 +37,7 @@ async def serve(settings: RouterSettings) -> int:
         stop = stop_on_signal(1)
         server = make_server(app)
         freeze_heap()
+        keep_heap_trimmed()
         serving = asyncio.create_task(server.serve(sockets=[sock]))
         host, port = sock.getsockname()[:2]
         if settings.port_file is not None:

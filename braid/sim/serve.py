@@ -11,7 +11,7 @@ import uvicorn
 from fastapi import FastAPI, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from braid.heap import freeze_heap
+from braid.heap import freeze_heap, keep_heap_trimmed
 from braid.http import Server, listen
 from braid.log import configure
 from braid.settings import WorkerSettings
@@ -53,6 +53,7 @@ class _Process:
                 worker.start()
             server = Server(uvicorn.Config(_app(self.workers), log_config=None, lifespan="off"))
             freeze_heap()
+            keep_heap_trimmed()
             serving = asyncio.create_task(server.serve(sockets=[listener]))
             log.info("simulated_workers_up", extra={"prefill": prefill, "decode": decode, "http": http})
             await stop.wait()

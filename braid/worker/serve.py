@@ -15,7 +15,7 @@ from fastapi import FastAPI, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from braid import wire
-from braid.heap import freeze_heap
+from braid.heap import freeze_heap, keep_heap_trimmed
 from braid.http import Server, listen
 from braid.log import configure
 from braid.settings import DecodeSettings, PrefillSettings
@@ -109,6 +109,7 @@ class _Worker:
         )
         server = _http_server(_app(engine, service, link))
         freeze_heap()
+        keep_heap_trimmed()
         tasks = [
             asyncio.create_task(link.run()),
             asyncio.create_task(server.serve(sockets=[listener])),

@@ -30,7 +30,7 @@ from vllm.distributed.parallel_state import (
 )
 from vllm.platforms import current_platform
 
-from braid.heap import freeze_heap
+from braid.heap import freeze_heap, keep_heap_trimmed
 from braid.log import configure
 from kvtransfer import wire
 from kvtransfer.adapter import TESTED
@@ -93,6 +93,7 @@ class BraidConnector(KVConnectorBase_V1, SupportsHMA):
         if current_platform.is_cpu():
             ease_waiting(yield_s=0.0 if role == KVConnectorRole.SCHEDULER else WORKER_YIELD_S)
         configure(f"{self.options.name}/{role.name.lower()}")
+        keep_heap_trimmed()
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
         self._pool: Any = None

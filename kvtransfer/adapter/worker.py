@@ -178,6 +178,7 @@ def _arena(nbytes: int, groups: Sequence[Group]) -> Arena:
 
         try:
             pin(arena.memory)
+            arena.hold_pages()
         except OSError as error:
             log.warning("kv_staging_not_pinned", extra={"detail": str(error)})
     return arena

@@ -110,6 +110,8 @@ def test_memory_is_followed_from_the_last_fault_on() -> None:
     (found,) = soak.slopes(samples, since=1300)
     assert (found["worker"], found["process"], found["mib_an_hour"]) == ("decode-0", "core", 1.0)
     assert (found["anonymous_an_hour"], found["highest_at_minute"]) == (0.0, 59.5)
+    first, *_, last = found["mib_quarters"]
+    assert 100 < first < last < 101
     assert found["minutes"] == pytest.approx((3600 - 1300 - soak.WARM_S) / 60, abs=1)
 
 

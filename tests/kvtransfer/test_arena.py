@@ -16,12 +16,13 @@ PAGES = 12
 
 
 class AnyOrder(RuleBasedStateMachine):
-    """Regions never overlap, go to the lowest place that fits, and all come back."""
+    """Regions never overlap, go to the lowest place that fits, keep what was written, and all come back."""
 
     def __init__(self) -> None:
         super().__init__()
         self.arena = Arena(PAGES * ALIGN)
         self.out: list[tuple[int, int]] = []
+        self.written: dict[int, bytes] = {}
 
     def lowest(self, pages: int) -> int | None:
         """First page at which so many are free, by looking at every page."""
@@ -36,19 +37,25 @@ class AnyOrder(RuleBasedStateMachine):
         assert at == (expected * ALIGN if expected is not None else None)
         if at is not None:
             self.out.append((at // ALIGN, pages))
-            self.arena.memory[at : at + pages * ALIGN - less] = bytes([len(self.out)]) * (
-                pages * ALIGN - less
-            )
+            self.written[at] = bytes([len(self.out)]) * (pages * ALIGN - less)
+            self.arena.memory[at : at + pages * ALIGN - less] = self.written[at]
 
     @precondition(lambda self: self.out)
     @rule(data=st.data(), less=st.integers(0, ALIGN - 1))
     def free(self, data: st.DataObject, less: int) -> None:
         at, pages = self.out.pop(data.draw(st.integers(0, len(self.out) - 1)))
         self.arena.free(at * ALIGN, pages * ALIGN - less)
+        del self.written[at * ALIGN]
+
+    @rule()
+    def give_back(self) -> None:
+        self.arena.give_back()
 
     @invariant()
     def adds_up(self) -> None:
         self.arena.check_integrity()
+        for at, data in self.written.items():
+            assert self.arena.memory[at : at + len(data)] == data
         assert self.arena.used == sum(pages for _, pages in self.out) * ALIGN
 
     def teardown(self) -> None:
@@ -62,6 +69,48 @@ class AnyOrder(RuleBasedStateMachine):
 
 AnyOrder.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 TestAnyOrder = AnyOrder.TestCase
+
+
+def pages(arena: Arena) -> int:
+    """Bytes of an arena that the kernel has made pages for."""
+    return os.fstat(arena.ref.fd).st_blocks * 512
+
+
+def filled(arena: Arena, nbytes: int) -> int:
+    at = arena.allocate(nbytes)
+    assert at is not None
+    arena.memory[at : at + nbytes] = b"x" * nbytes
+    return at
+
+
+LARGE = 64 * mmap.PAGESIZE
+
+
+def test_what_a_burst_touched_is_given_back_once_it_is_past() -> None:
+    """Staging kept the most it ever held, on both sides of a transfer through shared memory."""
+    arena = Arena(4 * LARGE)
+    view = open_arena(arena.ref)
+    small, large = filled(arena, mmap.PAGESIZE), filled(arena, LARGE)
+    assert arena.give_back() == 0, "it is handed out"
+    arena.free(large, LARGE)
+    assert arena.give_back() == 0, "it was handed out since the last call: the next prompt may be as long"
+    before = pages(arena)
+    assert arena.give_back() >= LARGE - mmap.PAGESIZE
+    assert pages(arena) <= before - LARGE + mmap.PAGESIZE
+    assert arena.give_back() == 0
+    assert bytes(view[small : small + 4]) == b"xxxx"
+    assert filled(arena, LARGE) == large
+    assert view[large : large + LARGE] == b"x" * LARGE, "a peer sees what was written after it"
+    arena.close()
+
+
+def test_pages_that_a_device_has_stay() -> None:
+    arena = Arena(LARGE)
+    arena.hold_pages()
+    arena.free(filled(arena, LARGE), LARGE)
+    assert arena.give_back() == arena.give_back() == 0
+    assert pages(arena) >= LARGE
+    arena.close()
 
 
 def test_another_process_sees_what_is_written_and_can_not_write() -> None:

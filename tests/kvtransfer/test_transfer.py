@@ -358,3 +358,28 @@ def test_no_descriptor_is_left_behind() -> None:
         once()
     gc.collect()  # a mapping ends with its last view
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("name", ["shm", "zmq"])
+def test_staging_that_a_burst_used_goes_back_to_the_kernel(
+    make_pair: MakePair, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A worker's staging kept the most it ever held; what comes after is whole all the same."""
+    monkeypatch.setattr("kvtransfer.producer.GIVE_BACK_S", 0.0)
+    pair = make_pair(transports=[name], row_bytes=1 << 16, capacity=1 << 23)
+
+    def staged() -> int:
+        return os.fstat(pair.p.arena.ref.fd).st_blocks * 512
+
+    for number in (1, 2):
+        key = make_key(number)
+        pair.p.open(key, 11)
+        pair.p.publish(key, 0, list(range(1, 12)))
+        assert staged() > 2 << 20
+        pair.d.load(key, pair.endpoint, tuple(range(1, 12)))
+        pair.d.events.expect(wire.Loaded, key)
+        assert same(pair.p.cache, list(range(1, 12)), pair.d.cache, list(range(1, 12)))
+        pair.p.settle()
+        pair.p.until(lambda: staged() < 1 << 18)
+        for layer in pair.d.cache.tensors[0]:
+            layer.zero_()

@@ -7,6 +7,7 @@ import json
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -72,14 +73,27 @@ async def test_nothing_listens_beyond_loopback(system: System) -> None:
     assert all(address.startswith("127.") for address in addresses), addresses
 
 
+WORKERS = ("prefill-0", "decode-0", "decode-1")
+
+
+def told(system: System, event: str) -> dict[str, dict[str, Any]]:
+    """What the processes logged of an event, by process."""
+    lines = [
+        line
+        for child in system.cluster.children.values()
+        for line in Path(child.log).read_text().splitlines()
+    ]
+    records = [json.loads(line) for line in lines if line.startswith("{")]
+    return {record["process"]: record for record in records if record.get("event") == event}
+
+
 def test_no_process_collects_what_it_began_with(system: System) -> None:
     """A full collection would stop a worker's front, or its engine's steps, for half a second."""
-    frozen = set()
-    for child in system.cluster.children.values():
-        for line in Path(child.log).read_text().splitlines():
-            told = json.loads(line) if line.startswith("{") else {}
-            if told.get("event") == "heap_frozen":
-                assert told["objects"] > 10_000
-                frozen.add(told["process"])
-    workers = {f"{name}{part}" for name in ("prefill-0", "decode-0", "decode-1") for part in ("", "/worker")}
-    assert frozen == {"router", *workers}
+    frozen = told(system, "heap_frozen")
+    assert all(record["objects"] > 10_000 for record in frozen.values())
+    assert set(frozen) == {"router", *(f"{name}{part}" for name in WORKERS for part in ("", "/worker"))}
+
+
+def test_every_process_gives_back_what_it_freed(system: System) -> None:
+    parts = ("", "/scheduler", "/worker")
+    assert set(told(system, "heap_trimmed")) == {"router", *(f"{w}{part}" for w in WORKERS for part in parts)}
