@@ -11,8 +11,10 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from braid import wire
@@ -56,11 +58,11 @@ class Prefixes:
         self._held = 0
         self._turn = asyncio.Lock()
         self._room = asyncio.Condition()
-        self._releases: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
 
     @property
     def idle(self) -> bool:
-        return self._held == 0 and not self._releases
+        return self._held == 0 and not self._tasks
 
     @property
     def held_blocks(self) -> int:
@@ -79,7 +81,8 @@ class Prefixes:
         name = f"i{next(self._names)}"
         held = Held(name, wire.KvRecord("recomputed"), blocks)
         since = time.monotonic()
-        await self._take(blocks)
+        with self._hold(part, source):  # nobody is told if there is room at once
+            await self._take(blocks)
         try:
             async with asyncio.timeout(self._timeout_s):
                 held.record = await self._import(held, name, prompt, part, source, since)
@@ -130,10 +133,11 @@ class Prefixes:
         """Unpin what the engine holds under a name; nothing if there is no such name."""
         self._soon(self._release(name, 0))
 
-    def _soon(self, release: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(release)
-        self._releases.add(task)
-        task.add_done_callback(self._releases.discard)
+    def _soon(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     def blocks_of(self, tokens: int) -> int:
         """Pool blocks that a prefix of so many tokens holds, of all groups."""
@@ -158,8 +162,11 @@ class Prefixes:
         self, held: Held, name: str, prompt: Prompt, part: int, source: Source, since: float
     ) -> wire.KvRecord:
         engine = self._engine
-        while (begun := await engine.call("braid_begin", name, prompt.tokens, prompt.salt, [])) is None:
-            await asyncio.sleep(_RETRY_S)
+        begin = partial(engine.call, "braid_begin", name, prompt.tokens, prompt.salt, [])
+        if (begun := await begin()) is None:
+            with self._hold(part, source):
+                while (begun := await begin()) is None:
+                    await asyncio.sleep(_RETRY_S)
         held.cached = int(begun["cached"])
         spans = tuple(kv.Span(group, first, tuple(ids)) for group, first, ids in begun["spans"])
         cached = held.cached // engine.block_size
@@ -175,6 +182,25 @@ class Prefixes:
             if source.ticket is ticket:
                 source.change(None, ended)
         return wire.KvRecord("recomputed", reason=source.reason, blocks_cached=cached)
+
+    @contextmanager
+    def _hold(self, part: int, source: Source) -> Iterator[None]:
+        """Meanwhile the prefill worker is told that the prompt waits, and keeps its KV."""
+        control, ranks = self._engine.control, range(self._engine.ranks)
+
+        async def tell(ticket: wire.Ticket, waits: bool) -> None:
+            try:
+                of_ranks = [self._sources(ticket, rank) if waits else () for rank in ranks]
+            except ValueError:
+                return  # nothing will be loaded
+            key = kv.Key(ticket.id, ticket.attempt, part)
+            await control.send([kv.Hold(key, tuple(s.endpoint for s in of_rank)) for of_rank in of_ranks])
+
+        holding = self._soon(source.follow(tell))
+        try:
+            yield
+        finally:
+            holding.cancel()
 
     async def _load(
         self,

@@ -30,7 +30,7 @@ from kvtransfer.transport import ConsumerSide, ConsumerTransport, Meets, Receive
 log = logging.getLogger("braid.kvtransfer")
 
 ALIVE_S = 2.0
-"""Period in which waiting loads extend their leases."""
+"""Period in which waiting loads, and those that will come, extend their leases."""
 IDLE_S = 300.0
 """A connection without loads is closed after this long."""
 CONNECT_S = 5.0
@@ -169,6 +169,7 @@ class Consumer:
         self._sessions = itertools.count(1)
         self._subs = itertools.count(1)
         self._loads: dict[wire.Key, _Load] = {}
+        self._holds: dict[wire.Key, tuple[str, ...]] = {}
         self._parts: dict[int, _Part] = {}
         self._peers: dict[str, _Peer] = {}
         self._alive_due = 0.0
@@ -197,6 +198,13 @@ class Consumer:
             for span in spec.spans
         }
 
+    def hold(self, message: wire.Hold) -> None:
+        """Keep the lease of a prompt whose load will come later; or no longer, if no producer is named."""
+        if message.endpoints:
+            self._holds[message.key] = message.endpoints
+        else:
+            self._holds.pop(message.key, None)
+
     def unload(self, key: wire.Key, reason: str) -> None:
         """Stop a load. Answered by ``Failed`` in any case: after it, nothing writes for this key."""
         if (load := self._loads.get(key)) is not None:
@@ -205,8 +213,8 @@ class Consumer:
             self._emit(wire.Failed(key, reason))
 
     def stats(self) -> wire.Stats:
-        """What is in flight now."""
-        return wire.Stats(loads=len(self._loads))
+        """What is in flight or held now."""
+        return wire.Stats(loads=len(self._loads) + len(self._holds))
 
     def close(self) -> None:
         """Let go of the transports; after the loop has stopped."""
@@ -634,8 +642,12 @@ class Consumer:
         waiting: dict[str, list[wire.Key]] = {}
         for part in self._parts.values():
             waiting.setdefault(part.source.endpoint, []).append(part.load.spec.key)
+        for key, endpoints in self._holds.items():
+            for endpoint in endpoints:
+                waiting.setdefault(endpoint, []).append(key)
         for endpoint, keys in waiting.items():
-            self._send(self._peer(endpoint), wire.Alive(tuple(keys)))
+            if (peer := self._peer(endpoint)).up:
+                self._send(peer, wire.Alive(tuple(keys)))
 
     def _hang_up(self, peer: _Peer) -> None:
         self._down(peer)

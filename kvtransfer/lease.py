@@ -12,6 +12,8 @@ so its lease lives. A closed lease gives its memory back when nobody writes it a
 has ended or passed its deadline; the consumer counts no block that comes after the deadline. Both clocks are
 monotonic, and the producer's span begins later than the consumer's.
 
+What has ended is remembered for a while, with its reason, for who comes too late.
+
 Subscriptions may come before the lease is opened (both are dispatched at the same time, and a prompt may
 queue at the producer); they wait for ``lease_s`` after their consumer was last heard of.
 """
@@ -41,6 +43,9 @@ class Span(Protocol):
 
 
 P = TypeVar("P", bound=Span)
+
+ENDED = 4096
+"""Leases that are remembered after their end."""
 
 
 @dataclass(slots=True)
@@ -137,6 +142,7 @@ class LeaseTable(Generic[P]):
         self.waiting: OrderedDict[Key, Lease[P]] = OrderedDict()
         self.closing: list[Lease[P]] = []
         self.early: dict[Key, tuple[float, dict[SubId, Subscriber]]] = {}
+        self.ended: OrderedDict[Key, str] = OrderedDict()
 
     @property
     def reserved(self) -> int:
@@ -149,6 +155,7 @@ class LeaseTable(Generic[P]):
             raise ValueError("key is in use")
         if lease.nbytes > self._capacity:
             raise ValueError(f"{lease.nbytes} bytes of KV are over the staging bound of {self._capacity}")
+        self.ended.pop(lease.key, None)
         _, lease.subscribers = self.early.pop(lease.key, (0.0, {}))
         lease.heard = self._clock()
         self.waiting[lease.key] = lease
@@ -231,12 +238,16 @@ class LeaseTable(Generic[P]):
             for sub in [sub for sub, s in lease.subscribers.items() if sub[0] == consumer and not s.ended]:
                 del lease.subscribers[sub]
 
-    def close(self, key: Key) -> Lease[P] | None:
+    def close(self, key: Key, reason: str) -> Lease[P] | None:
         """End a lease. Its memory comes back with a later :meth:`reclaim`. Idempotent: None if not there."""
         if (lease := self.held.pop(key, None)) is not None:
             self.closing.append(lease)
-            return lease
-        return self.waiting.pop(key, None)
+        elif (lease := self.waiting.pop(key, None)) is None:
+            return None
+        self.ended[key] = reason
+        if len(self.ended) > ENDED:
+            self.ended.popitem(last=False)
+        return lease
 
     def reclaim(self) -> bool:
         """Free the memory of closing leases that nobody uses any more. Returns whether there was any."""
@@ -259,7 +270,8 @@ class LeaseTable(Generic[P]):
         """Raise AssertionError if the accounts do not add up."""
         assert 0 <= self.reserved <= self._capacity
         assert not set(self.held) & set(self.waiting)
-        assert not set(self.early) & (set(self.held) | set(self.waiting))
+        assert not (set(self.early) | set(self.ended)) & (set(self.held) | set(self.waiting))
+        assert len(self.ended) <= ENDED
         assert all(early for _, early in self.early.values())
         for lease in (*self.held.values(), *self.closing):
             assert lease.at >= 0

@@ -242,7 +242,7 @@ class Producer:
     def end(self, key: wire.Key, reason: str) -> None:
         """End a lease; subscribers that still wait are refused with ``reason``. Idempotent."""
         with self._lock:
-            lease = self.table.close(key)
+            lease = self.table.close(key, reason)
         if lease is None:
             return
         for subscriber in list(lease.subscribers.values()):  # one that is gone is forgotten meanwhile
@@ -274,6 +274,7 @@ class Producer:
         if session is None:
             return
         if not self._serves(lease, subscriber):
+            log.warning("kv_bad_blocks", extra={"peer": session.name, "security": True})
             self.table.end_subscriber(lease.key, subscriber.id)
             self._tell(subscriber, wire.Refused(subscriber.id[1], "bad_blocks"))
             return
@@ -448,6 +449,9 @@ class Producer:
         if message.epoch != self._epoch:
             log.warning("kv_stale_epoch", extra={"peer": session.name, "security": True})
             return self._send(session, wire.Refused(message.sub, "stale_epoch"))
+        if (reason := self.table.ended.get(message.key)) is not None:
+            log.info("kv_subscription_late", extra={"peer": session.name, "reason": reason})
+            return self._send(session, wire.Refused(message.sub, reason))
         if not self.table.knows(message.key) and len(self.table.early) >= MAX_EARLY:
             return self._send(session, wire.Refused(message.sub, "overloaded"))
         if message.sub in session.subscriptions:
@@ -463,7 +467,10 @@ class Producer:
         return None
 
     def _ended(self, session: _Session, key: wire.Key, sub: int) -> None:
-        if session.subscriptions.get(sub) != key:  # forged: it would end one and forget another
+        known = session.subscriptions.get(sub)
+        if known != key:  # of a session before; or forged: it would end one and forget another
+            if known is not None:
+                log.warning("kv_forged_end", extra={"peer": session.name, "security": True})
             return
         del session.subscriptions[sub]
         self._drop_queued(session.consumer, sub)
@@ -483,6 +490,7 @@ class Producer:
             log.warning("kv_lease_expired", extra={"ticket": key.id.hex()})
             self.end(key, "expired")
         for subscriber in lapsed:
+            log.warning("kv_unknown_ticket", extra={"security": True})
             self._tell(subscriber, wire.Refused(subscriber.id[1], "unknown_ticket"))
         self._look_after_silent()
         for session in list(self._departed.values()):

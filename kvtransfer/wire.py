@@ -256,6 +256,14 @@ class Load(_Msg, frozen=True, tag="load"):
     block_size: int = 0
 
 
+class Hold(_Msg, frozen=True, tag="hold"):
+    """Server to consumer: a load of ``key`` will come from these producers; say that it waits, so that they
+    keep the lease. No endpoints: say so no longer. Not answered."""
+
+    key: Key
+    endpoints: tuple[str, ...]
+
+
 class Unload(_Msg, frozen=True, tag="unload"):
     """Server to consumer: stop. Always answered by ``Failed``, also if the load had ended before."""
 
@@ -299,7 +307,7 @@ class Stat(_Msg, frozen=True, tag="stat"):
 
 class Stats(_Msg, frozen=True, tag="stats"):
     """Producer: ``staging_bytes`` reserved, ``leases`` held, ``pending`` ones and subscriptions without one.
-    Consumer: ``loads`` in flight."""
+    Consumer: ``loads`` in flight or announced."""
 
     staging_bytes: int = 0
     leases: int = 0
@@ -310,7 +318,7 @@ class Stats(_Msg, frozen=True, tag="stats"):
 Data = (
     Hello | Welcome | Lane | Rendezvous | Subscribe | Manifest | Blocks | Ack | Done | Drop | Alive | Refused
 )
-Command = Open | Close | Load | Unload | Stat
+Command = Open | Close | Load | Hold | Unload | Stat
 Event = Ready | Opened | Closed | Loaded | Failed | Stats
 
 _encoder = msgspec.msgpack.Encoder()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from braid import wire
@@ -76,7 +78,8 @@ class Imports:
             return Held(wire.KvRecord("local", reason="too_large"))
         since = time.monotonic()
         held = Held(wire.KvRecord("recomputed"), taken=needed)
-        await self._enter(held)
+        with self._hold(part, source):
+            await self._enter(held)
         try:
             async with asyncio.timeout(self._timeout_s):
                 held.record = await self._import(held, prompt, part, source, since)
@@ -98,6 +101,20 @@ class Imports:
         self._held.pop(id(held), None)
         self._engine.poke()
 
+    @contextmanager
+    def _hold(self, part: int, source: Source) -> Iterator[None]:
+        """Meanwhile the prefill worker is told that the prompt waits, if it has to, and keeps its KV."""
+
+        async def tell(ticket: wire.Ticket, waits: bool) -> None:
+            endpoints = ticket.endpoints if waits else ()
+            self._consumer.hold(kv.Hold(kv.Key(ticket.id, ticket.attempt, part), endpoints))
+
+        holding = asyncio.get_running_loop().create_task(source.follow(tell))
+        try:
+            yield
+        finally:
+            holding.cancel()
+
     async def _enter(self, held: Held) -> None:
         """Wait for the turn and for room; nobody overtakes."""
         turn = object()
@@ -117,7 +134,8 @@ class Imports:
     async def _import(
         self, held: Held, prompt: Prompt, part: int, source: Source, since: float
     ) -> wire.KvRecord:
-        shared = await self._begin(held, prompt)
+        with self._hold(part, source):
+            shared = await self._begin(held, prompt)
         block_size = self._engine.scheduler.block_size
         held.cached = shared * block_size
         transfers, queue_s = 0, time.monotonic() - since

@@ -30,7 +30,7 @@ TRANSPORT = "counted"
 TICK_S = 0.25
 """Period in which leases are looked after."""
 ALIVE_S = 2.0
-"""Period in which waiting loads extend their leases."""
+"""Period in which waiting loads, and those that will come, extend their leases."""
 
 
 class LoadFailed(Exception):
@@ -74,6 +74,9 @@ class Consumer(Protocol):
         Raises:
             LoadFailed: they did not come.
         """
+
+    def hold(self, message: kv.Hold) -> None:
+        """Keep the lease of a prompt whose load will come later; or no longer, if no producer is named."""
 
     async def stop(self) -> None: ...
 
@@ -149,7 +152,7 @@ class CountedProducer:
                 self._feed(lease, subscriber)
 
     def close(self, key: kv.Key, reason: str) -> None:
-        lease = self._table.close(key)
+        lease = self._table.close(key, reason)
         for subscriber in lease.subscribers.values() if lease is not None else ():
             if not subscriber.ended:
                 self._say(subscriber.id[0], kv.Refused(subscriber.id[1], reason))
@@ -228,7 +231,7 @@ class CountedProducer:
                 self._subscribe(address, message)
             case kv.Done(key, sub) | kv.Drop(key, sub):
                 if self._table.end_subscriber(key, (address, sub)):
-                    self._table.close(key)
+                    self._table.close(key, "done")
                 self._reclaim()
             case kv.Alive(keys):
                 for key in keys:
@@ -237,6 +240,9 @@ class CountedProducer:
     def _subscribe(self, address: bytes, message: kv.Subscribe) -> None:
         if message.epoch != self._epoch:
             self._say(address, kv.Refused(message.sub, "stale_epoch"))
+            return
+        if (reason := self._table.ended.get(message.key)) is not None:
+            self._say(address, kv.Refused(message.sub, reason))
             return
         wants = {want.group: want for want in message.wants}
         until = time.monotonic() + message.deadline_s
@@ -308,6 +314,7 @@ class CountedConsumer:
         self._id = secrets.token_bytes(16)
         self._subs = itertools.count(1)
         self._peers: dict[str, _Peer] = {}
+        self._holds: dict[kv.Key, tuple[str, ...]] = {}
         self._alive = asyncio.create_task(self._keep_alive())
 
     async def load(self, spec: kv.Load, links: list[bytes]) -> kv.Loaded:
@@ -335,6 +342,12 @@ class CountedConsumer:
         blocks = sum(len(span.block_ids) for span in spec.spans)
         wait_s, wire_s = load.first_at - started, time.monotonic() - load.first_at
         return kv.Loaded(spec.key, load.nbytes, blocks, wait_s, wire_s, 0.0, TRANSPORT, 0)
+
+    def hold(self, message: kv.Hold) -> None:
+        if message.endpoints:
+            self._holds[message.key] = message.endpoints
+        else:
+            self._holds.pop(message.key, None)
 
     async def stop(self) -> None:
         self._alive.cancel()
@@ -381,9 +394,13 @@ class CountedConsumer:
     async def _keep_alive(self) -> None:
         while True:
             await asyncio.sleep(ALIVE_S)
-            for peer in self._peers.values():
-                if keys := tuple(load.spec.key for load in peer.loads.values()):
-                    _say(peer, kv.Alive(keys))
+            for endpoint in {endpoint for endpoints in self._holds.values() for endpoint in endpoints}:
+                self._peer(endpoint)
+            for endpoint, peer in self._peers.items():
+                loads = [load.spec.key for load in peer.loads.values()]
+                holds = [key for key, endpoints in self._holds.items() if endpoint in endpoints]
+                if loads or holds:
+                    _say(peer, kv.Alive((*loads, *holds)))
 
 
 def _say(peer: _Peer, message: kv.Data) -> None:

@@ -203,6 +203,9 @@ class MovedConsumer:
         self._check(spec, links)
         return event
 
+    def hold(self, message: kv.Hold) -> None:
+        self._end.loop.call_soon(lambda: self._consumer.hold(message))
+
     async def stop(self) -> None:
         await self._end.stop(self._consumer)
 

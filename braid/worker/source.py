@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 
 from braid import wire
 
@@ -25,3 +26,13 @@ class Source:
         while self.ticket is ticket:
             self._changed.clear()
             await self._changed.wait()
+
+    async def follow(self, tell: Callable[[wire.Ticket, bool], Awaitable[None]]) -> None:
+        """Tell of the ticket that its KV is waited for, and that it is so no longer; of each that replaces it
+        too. Ends when there is none, or when it is cancelled."""
+        while (ticket := self.ticket) is not None:
+            try:
+                await tell(ticket, True)
+                await self.changed(ticket)
+            finally:
+                await tell(ticket, False)

@@ -126,6 +126,8 @@ class WorkerSide:
                 producer.end(key, reason)
             case wire.Load() if producer is None:
                 self._load(command)
+            case wire.Hold() if producer is None:
+                self._consumers[0].hold(command)
             case wire.Unload(key, reason) if producer is None:
                 loading = [n for n, translation in self._translations.items() if key in translation]
                 self._consumers[loading[0] if loading else 0].unload(key, reason)

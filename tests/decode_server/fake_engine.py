@@ -20,13 +20,15 @@ def open_seats(capacity: int = 1000) -> tuple[Seats, DispatchFlow]:
 class FakeControl:
     """Ranks whose loads end when the test says so; it fails the test for overlapping lives.
 
-    ``sent``: what every rank was told, by rank, of each load.
+    ``sent``: what every rank was told, by rank, of each load. ``held``: producers whose leases are kept, by
+    rank, by key.
     """
 
     def __init__(self, journal: list[str]) -> None:
         self.sent: list[list[kv.Load]] = []
         self.loads: asyncio.Queue[kv.Load] = asyncio.Queue()
         self.unloads: asyncio.Queue[kv.Unload] = asyncio.Queue()
+        self.held: dict[kv.Key, list[tuple[str, ...]]] = {}
         self.slow_unload = False
         self._journal = journal
         self._waiting: dict[object, asyncio.Future[list[kv.Event]]] = {}
@@ -35,6 +37,14 @@ class FakeControl:
         return self._waiting.setdefault(key, asyncio.get_running_loop().create_future())
 
     async def send(self, commands: list[kv.Command]) -> None:
+        if isinstance(hold := commands[0], kv.Hold):
+            held = [command.endpoints for command in commands if isinstance(command, kv.Hold)]
+            self._journal.append(f"hold {hold.key.attempt}")
+            if any(held):
+                self.held[hold.key] = held
+            else:
+                del self.held[hold.key]
+            return
         loads = [command for command in commands if isinstance(command, kv.Load)]
         assert len(loads) == len(commands)
         self.sent.append(loads)

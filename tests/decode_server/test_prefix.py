@@ -39,6 +39,7 @@ async def prefixes(engine: FakeEngine) -> AsyncIterator[Prefixes]:
     yield made
     await until(lambda: made.idle)
     assert made.held_blocks == 0
+    assert not engine.control.held
     assert not engine.begun
 
 
@@ -257,18 +258,60 @@ async def test_one_that_gives_up_waiting_lets_the_next_one_in(engine: FakeEngine
     load = await loading(engine)
     large = acquire(prefixes, Source(ticket(2), ""), 8)
     small = acquire(prefixes, Source(ticket(3), ""), 2)
-    await asyncio.sleep(0)
+    await until(lambda: attempts_held(engine) == [2, 3])
     await cancel(large)
     second = await loading(engine)
     assert second.key.attempt == 3
+    await until(lambda: not engine.control.held)
     for task, load_ in ((first, load), (small, second)):
         engine.control.end(load_.key, loaded(load_))
         prefixes.release(await task)
 
 
+def attempts_held(engine: FakeEngine) -> list[int]:
+    return [key.attempt for key in engine.control.held]
+
+
+async def test_the_lease_of_a_prompt_that_waits_for_room_is_kept(
+    engine: FakeEngine, prefixes: Prefixes
+) -> None:
+    """It expired while the prompt was queued, and its load waited for it all the same until it timed out."""
+    first = acquire(prefixes, Source(ticket(1), ""), 6)
+    load = await loading(engine)
+    assert "hold 1" not in engine.journal, "there was room at once"
+    source = Source(ticket(2, ("tcp://p:1",)), "")
+    second = acquire(prefixes, source, 8)
+    await until(lambda: attempts_held(engine) == [2])
+    assert engine.control.held == {kv.Key(b"t" * 16, 2): [("tcp://p:1",)]}
+    source.change(ticket(3, ("tcp://q:1",)), "prefill_lost")
+    await until(lambda: engine.control.held == {kv.Key(b"t" * 16, 3): [("tcp://q:1",)]})
+    engine.control.end(load.key, loaded(load))
+    prefixes.release(await first)
+    load = await loading(engine)
+    await until(lambda: not engine.control.held)
+    engine.control.end(load.key, loaded(load))
+    prefixes.release(await second)
+
+
+async def test_a_prompt_that_waits_has_nothing_held_once_its_ticket_is_taken_away(
+    engine: FakeEngine, prefixes: Prefixes
+) -> None:
+    first = acquire(prefixes, Source(ticket(1), ""), 6)
+    load = await loading(engine)
+    source = Source(ticket(2), "")
+    second = acquire(prefixes, source, 8)
+    await until(lambda: attempts_held(engine) == [2])
+    source.change(None, "prefill_lost")
+    await until(lambda: not engine.control.held)
+    engine.control.end(load.key, loaded(load))
+    prefixes.release(await first)
+    assert (await second).record == wire.KvRecord("recomputed", reason="prefill_lost")
+
+
 async def test_a_full_pool_is_asked_again(engine: FakeEngine, prefixes: Prefixes) -> None:
     engine.full = 2
     task = acquire(prefixes, Source(ticket(), ""))
+    await until(lambda: attempts_held(engine) == [1])
     load = await loading(engine)
     engine.control.end(load.key, loaded(load))
     prefixes.release(await task)

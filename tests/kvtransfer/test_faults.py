@@ -289,6 +289,45 @@ def test_alive_keeps_the_lease_of_a_load_that_waits(
     pair.d.events.expect(wire.Loaded, KEY)
 
 
+def test_the_lease_of_a_load_that_will_come_is_kept(
+    make_pair: MakePair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It expired while a decode worker had no room for the prompt yet."""
+    monkeypatch.setattr("kvtransfer.consumer.ALIVE_S", 0.0)
+    pair = make_pair(lease_s=0.6)
+    pair.d.call(lambda: pair.d.end.hold(wire.Hold(KEY, (pair.endpoint,))))
+    pair.p.open(KEY, 2)
+    pair.p.publish(KEY, 0, [1, 2])
+    opened = time.monotonic()
+    pair.d.until(lambda: time.monotonic() - opened > 1.2)
+    assert not pair.p.events.count(wire.Closed)
+    assert pair.d.call(pair.d.end.stats) == wire.Stats(loads=1)
+    pair.d.load(KEY, pair.endpoint, (1, 2))
+    pair.d.events.expect(wire.Loaded, KEY)
+    pair.d.call(lambda: pair.d.end.hold(wire.Hold(KEY, ())))
+    pair.d.settle()
+
+
+def test_a_lease_that_is_held_no_longer_expires(make_pair: MakePair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvtransfer.consumer.ALIVE_S", 0.0)
+    pair = make_pair(lease_s=0.4)
+    for endpoints in ((pair.endpoint,), ()):
+        pair.d.call(lambda named=endpoints: pair.d.end.hold(wire.Hold(KEY, named)))  # type: ignore[misc]
+    pair.p.open(KEY, 1)
+    assert pair.p.events.expect(wire.Closed, KEY).reason == "expired"
+
+
+@pytest.mark.parametrize("reason", ["expired", "cancelled"])
+def test_who_comes_after_a_lease_has_ended_is_told_so_at_once(make_pair: MakePair, reason: str) -> None:
+    """It was taken for one that came early, and waited until its deadline."""
+    pair = make_pair(lease_s=1000.0)
+    pair.p.open(KEY, 1)
+    pair.p.call(lambda: pair.p.end.end(KEY, reason))
+    pair.d.load(KEY, pair.endpoint, (1,), deadline_s=1000.0)
+    assert pair.d.events.expect(wire.Failed, KEY).reason == reason
+    pair.p.settle()
+
+
 def test_a_lease_that_expires_tells_a_load_that_still_waits(
     make_pair: MakePair, monkeypatch: pytest.MonkeyPatch
 ) -> None:

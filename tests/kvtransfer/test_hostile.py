@@ -300,6 +300,24 @@ def test_a_stale_epoch_is_a_security_event(pair: Pair, logged: Logged) -> None:
     assert record.__dict__["security"]
 
 
+def test_handles_that_are_forged_or_unknown_are_security_events(
+    pair: Pair, stranger: RawConsumer, logged: Logged
+) -> None:
+    stranger.subscribe(make_key(9), 1, 1)
+    pair.p.until(lambda: make_key(9) in pair.p.end.table.early)
+    pair.p.end.table.lease_s = 0.0
+    assert stranger.expect(wire.Refused) == wire.Refused(1, "unknown_ticket")
+    pair.p.end.table.lease_s = 1000.0
+    pair.p.open(KEY, 1)
+    stranger.subscribe(KEY, 2, 1)
+    stranger.expect(wire.Manifest)
+    stranger.say(wire.Drop(make_key(2), 2))
+    stranger.subscribe(KEY, 3, 1, wants=(wire.Want(0, 0, 2),))
+    assert stranger.expect(wire.Refused) == wire.Refused(3, "bad_blocks")
+    for event in ("kv_forged_end", "kv_bad_blocks", "kv_unknown_ticket"):
+        assert [record.__dict__["security"] for record in logged(event)] == [True], event
+
+
 def test_without_a_session_nothing_is_served(pair: Pair) -> None:
     pair.p.open(KEY, 1)
     pair.p.publish(KEY, 0, [1])

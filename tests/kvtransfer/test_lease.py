@@ -85,7 +85,7 @@ def test_a_small_lease_does_not_overtake_a_large_one(table: LeaseTable[Piece]) -
     table.open(make_lease(KEYS[1], 6))
     table.open(make_lease(KEYS[2], 1))
     assert table.grant() == []
-    table.close(KEYS[0])
+    table.close(KEYS[0], "over")
     assert table.reclaim()
     assert [lease.key for lease in table.grant()] == [KEYS[1], KEYS[2]]
 
@@ -188,8 +188,8 @@ def test_a_subscription_is_fed_what_it_wants_once(table: LeaseTable[Piece]) -> N
 
 def test_closing_is_idempotent_and_gives_the_room_back(table: LeaseTable[Piece]) -> None:
     lease = hold(table, KEYS[0], CAPACITY)
-    assert table.close(KEYS[0]) is lease
-    assert table.close(KEYS[0]) is None
+    assert table.close(KEYS[0], "over") is lease
+    assert table.close(KEYS[0], "over") is None
     assert table.reclaim()
     assert not table.reclaim()
     assert table.reserved == 0
@@ -198,7 +198,7 @@ def test_closing_is_idempotent_and_gives_the_room_back(table: LeaseTable[Piece])
 def test_memory_stays_while_somebody_may_read_it(table: LeaseTable[Piece], clock: Clock) -> None:
     hold(table, KEYS[0], 1)
     table.subscribe(KEYS[0], subscriber(D0, until=clock.now + 3))
-    table.close(KEYS[0])
+    table.close(KEYS[0], "over")
     assert not table.reclaim()
     table.forget_consumer(b"d0", reads_on=True)
     assert not table.reclaim(), "it reads on without a connection"
@@ -212,7 +212,7 @@ def test_memory_stays_while_somebody_may_read_it(table: LeaseTable[Piece], clock
 def test_memory_comes_back_when_the_last_reader_has_ended(table: LeaseTable[Piece], how: str) -> None:
     hold(table, KEYS[0], 1)
     table.subscribe(KEYS[0], subscriber(D0))
-    table.close(KEYS[0])
+    table.close(KEYS[0], "over")
     if how == "ended":
         table.end_subscriber(KEYS[0], D0)
     else:
@@ -223,7 +223,22 @@ def test_memory_comes_back_when_the_last_reader_has_ended(table: LeaseTable[Piec
 def test_memory_stays_while_somebody_writes_it(table: LeaseTable[Piece]) -> None:
     lease = hold(table, KEYS[0], 1)
     lease.writers += 1
-    table.close(KEYS[0])
+    table.close(KEYS[0], "over")
     assert not table.reclaim()
     lease.writers -= 1
     assert table.reclaim()
+
+
+def test_what_has_ended_is_remembered_for_a_while(
+    table: LeaseTable[Piece], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvtransfer.lease.ENDED", 2)
+    for key in KEYS[:3]:
+        hold(table, key, 1)
+        table.close(key, "done")
+        table.reclaim()
+    assert dict(table.ended) == dict.fromkeys(KEYS[1:3], "done")
+    table.close(KEYS[3], "never opened")
+    assert KEYS[3] not in table.ended
+    hold(table, KEYS[1], 1)
+    assert KEYS[1] not in table.ended, "it is open again"

@@ -34,6 +34,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.readers: dict[int, dict[SubId, float]] = {}
         self.early: dict[Key, dict[SubId, float]] = {}
         self.writing: list[Lease[Piece]] = []
+        self.ended: set[Key] = set()
         self.subs = 0
 
     @rule(key=some_key, blocks=st.integers(1, CAPACITY + 1), expected=st.integers(1, 3))
@@ -45,6 +46,7 @@ class AnyOrder(RuleBasedStateMachine):
             return
         self.table.open(lease)
         self.queue.append(key)
+        self.ended.discard(key)
         self.readers[id(lease)] = self.early.pop(key, {})
 
     @rule()
@@ -111,7 +113,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     @rule(key=some_key)
     def close(self, key: Key) -> None:
-        lease = self.table.close(key)
+        lease = self.table.close(key, "over")
         assert (lease is not None) == (key in self.queue or key in self.held)
         self.gone(key)
 
@@ -135,7 +137,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.early = {k: early for k, early in self.early.items() if not ended & set(early)}
         for key in expired:
             assert self.clock.now - self.held[key].heard > LEASE_S
-            self.table.close(key)
+            self.table.close(key, "over")
             self.gone(key)
 
     @rule()
@@ -152,12 +154,13 @@ class AnyOrder(RuleBasedStateMachine):
             k: set(early) for k, early in self.early.items()
         }
         assert self.table.reserved == sum(self.memory.out.values())
+        assert set(self.table.ended) == self.ended
 
     def teardown(self) -> None:
         for lease in self.writing:
             lease.writers -= 1
         for key in KEYS:
-            self.table.close(key)
+            self.table.close(key, "over")
         self.clock.now += 1000
         self.table.reclaim()
         self.table.overdue()
@@ -180,6 +183,8 @@ class AnyOrder(RuleBasedStateMachine):
         return lease in self.writing or any(until > self.clock.now for until in readers)
 
     def gone(self, key: Key) -> None:
+        if key in self.queue or key in self.held:
+            self.ended.add(key)
         if key in self.queue:
             self.queue.remove(key)
         if (lease := self.held.pop(key, None)) is not None:

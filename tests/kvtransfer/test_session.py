@@ -187,6 +187,11 @@ class AnyOrder(RuleBasedStateMachine):
 
         self.ends[who] += d.call(stop)
 
+    @rule(prompt=st.integers(0, PROMPTS - 1), who=st.integers(0, 1), on=st.booleans())
+    def hold(self, prompt: int, who: int, on: bool) -> None:
+        d, endpoints = self.consumers[who], (self.proxies[who].endpoint,) if on else ()
+        d.call(lambda: d.end.hold(wire.Hold(self.keys[prompt], endpoints)))
+
     @rule(who=st.integers(0, 1))
     def reset(self, who: int) -> None:
         self.proxies[who].reset()
@@ -223,6 +228,7 @@ class AnyOrder(RuleBasedStateMachine):
     def at_rest(self) -> None:
         for who, d in enumerate(self.consumers):
             d.call(lambda d=d: [d.end.unload(key, "over") for key in list(d.end._loads)])  # type: ignore[misc]
+            d.call(lambda d=d: [d.end.hold(wire.Hold(key, ())) for key in list(d.end._holds)])  # type: ignore[misc]
             d.settle()
             d.call(d.end.check_integrity)
             assert not d.wrong
