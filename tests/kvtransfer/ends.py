@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
@@ -17,6 +17,7 @@ from braid.keys import stop_authenticator
 from kvtransfer import wire
 from kvtransfer.arena import Arena
 from kvtransfer.cache import Cache, Group, HostCache
+from kvtransfer.codec import Codec, encoded_gather, encoded_shapes
 from kvtransfer.consumer import Consumer
 from kvtransfer.digest import Check, Digests
 from kvtransfer.loop import Loop
@@ -160,17 +161,20 @@ class ProducerEnd(Thread):
         check: Check = "full",
         cache: Blocks | None = None,
         epoch: int = EPOCH,
+        codec: Codec | None = None,
     ) -> None:
         super().__init__("test-producer")
         self.cache = cache or make_cache(fill=True)
         self.arena = Arena(capacity)
         self.gathers = itertools.count()
+        self.codec = codec
         self.end = Producer(
             self.loop,
             self.context,
             bind=bind,
             epoch=epoch,
-            shapes=self.cache.shapes,
+            shapes=encoded_shapes(self.cache.shapes, codec) if codec else self.cache.shapes,
+            codec=codec.name if codec else "",
             arena=self.arena,
             lease_s=lease_s,
             emit=self.events.emit,
@@ -193,7 +197,11 @@ class ProducerEnd(Thread):
 
         def fill(run: range, out: torch.Tensor) -> None:
             next(self.gathers)
-            self.cache.gather(group, block_ids[run.start : run.stop], out)
+            ids = block_ids[run.start : run.stop]
+            if self.codec is not None:
+                encoded_gather(self.cache, self.codec, group, ids, out)
+            else:
+                self.cache.gather(group, ids, out)
 
         return self.end.stage(key, group, first, len(block_ids), fill)
 
@@ -227,6 +235,7 @@ class ConsumerEnd(Thread):
         lanes: int = 1,
         cache: Blocks | None = None,
         through: Callable[[Blocks], Cache] = lambda cache: cache,
+        codecs: Mapping[str, Codec] | None = None,
     ) -> None:
         super().__init__("test-consumer")
         self.cache = cache or make_cache(fill=False)
@@ -237,6 +246,7 @@ class ConsumerEnd(Thread):
             name="d0",
             emit=self.events.emit,
             transports=consumer_transports(transports, lanes),
+            codecs=codecs,
             keys_dir=keys_dir,
         )
         self.loop.start()

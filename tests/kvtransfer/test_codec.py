@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import pytest
@@ -10,12 +10,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvtransfer import wire
 from kvtransfer.cache import Group, HostCache
 from kvtransfer.codec import CODECS, GROUP, TINY, Codec, Scratch, encoded_gather, encoded_shapes
 from kvtransfer.fence import Fence
 from kvtransfer.wire import Shape
+from tests.kvtransfer.ends import Pair, contents, make_key
 
 every_codec = pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
+KEY = make_key()
 WORST = {"int8": 1 / 126, "fp8": 1 / 15}
 """The stated bound, as a share of the group's largest magnitude."""
 
@@ -188,3 +191,42 @@ def test_blocks_are_gathered_and_encoded_in_one_go(codec: Codec) -> None:
         out = torch.zeros(3, len(ids), 2, codec.encoded_bytes(4 * GROUP), dtype=torch.uint8)
         assert encoded_gather(cache, codec, 0, ids, out, scratch) is None
         assert torch.equal(out, encoded(codec, raw))
+
+
+def bfloat16_pair(make_pair: Callable[..., Pair], codec: Codec) -> Pair:
+    """Ends with caches of bfloat16, of which the producer sends them encoded."""
+    pair = make_pair(row_bytes=4 * GROUP, codec=codec)
+    random = torch.Generator().manual_seed(3)
+    for layer in pair.p.cache.tensors[0]:
+        values = torch.randn(layer.numel() // 2, generator=random)
+        layer.view(torch.bfloat16).flatten().copy_(values)
+    return pair
+
+
+@pytest.mark.parametrize("transport", ["shm", "zmq"])
+@every_codec
+def test_blocks_travel_encoded_and_are_written_decoded(
+    make_pair: Callable[..., Pair], codec: Codec, transport: str
+) -> None:
+    pair = bfloat16_pair(make_pair, codec)
+    d = pair.consumer(transports=[transport], codecs=CODECS)
+    pair.p.open(KEY, 3)
+    pair.p.publish(KEY, 0, [5, 2, 9])
+    d.load(KEY, pair.endpoint, (4, 7, 1))
+    loaded = d.events.expect(wire.Loaded, KEY)
+    raw = pair.p.cache.take([5, 2, 9])
+    assert loaded.nbytes == raw.numel() * codec.encoded_bytes(4 * GROUP) // (4 * GROUP)
+    assert loaded.nbytes < 0.52 * raw.numel()
+    assert torch.equal(d.cache.take([4, 7, 1]), codec.decode(encoded(codec, raw)))
+    others = [block for block in range(d.cache.blocks) if block not in (4, 7, 1)]
+    assert not contents(d.cache)[:, others].any()
+
+
+@every_codec
+def test_who_does_not_know_the_encoding_takes_nothing(make_pair: Callable[..., Pair], codec: Codec) -> None:
+    pair = bfloat16_pair(make_pair, codec)
+    pair.p.open(KEY, 1)
+    pair.p.publish(KEY, 0, [5])
+    pair.d.load(KEY, pair.endpoint, (4,))
+    assert pair.d.events.expect(wire.Failed, KEY).reason == "codec"
+    assert not contents(pair.d.cache).any()
