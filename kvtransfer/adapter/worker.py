@@ -38,6 +38,7 @@ class WorkerSide:
     def __init__(self, options: Options, groups: Sequence[Group], block_size: int) -> None:
         self.cache: Cache = _cache(groups)
         self._options, self._groups, self._block_size = options, groups, block_size
+        self._device = str(groups[0].layers[0].device)
         rank = get_tensor_model_parallel_rank()
         self._loop = Loop(f"braid-kv-{rank}")
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -78,7 +79,7 @@ class WorkerSide:
             arena=_arena(options.staging_bytes, self._groups),
             lease_s=options.lease_s,
             emit=self._control.emit,
-            transports=producer_transports(options.transports, bind=options.host),
+            transports=producer_transports(options.transports, bind=options.host, device=self._device),
             piece_bytes=options.piece_bytes,
             digests=Digests(options.check),
             keys_dir=self._keys_dir,
@@ -92,7 +93,9 @@ class WorkerSide:
             cache,
             name=options.name,
             emit=emit,
-            transports=consumer_transports(options.transports, options.lanes, bind=options.host),
+            transports=consumer_transports(
+                options.transports, options.lanes, bind=options.host, device=self._device
+            ),
             codecs=CODECS if self._bf16 else {},
             keys_dir=self._keys_dir,
         )
