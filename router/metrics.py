@@ -6,6 +6,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 600.0)
+_KV_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, *_SECONDS[:13])
 
 
 class Metrics:
@@ -40,16 +41,16 @@ class Metrics:
         self.kv_retries = Counter(
             "braid_kv_retries", "KV transfers resumed after a broken connection", registry=r
         )
-        self.kv_wait = Histogram(
-            "braid_kv_wait_seconds",
-            "KV asked for to its first block (the prefill's time is in it)",
-            ["transport"],
-            buckets=_SECONDS,
+        self.kv_blocks = Counter(
+            "braid_kv_blocks",
+            "KV blocks of answered requests' prompts: moved, or cached by the decode worker before",
+            ["source"],
             registry=r,
         )
-        self.kv_wire = Histogram(
-            "braid_kv_wire_seconds", "First KV block to the last", ["transport"], buckets=_SECONDS, registry=r
-        )
+        self.kv_queue = self._kv_time("queue", "Prompt at the decode worker to its KV asked for")
+        self.kv_wait = self._kv_time("wait", "KV asked for to its first block (the prefill's time is in it)")
+        self.kv_wire = self._kv_time("wire", "First KV block to the last")
+        self.kv_scatter = self._kv_time("scatter", "Of the time on the wire, spent writing the cache")
         self.ttft = Histogram(
             "braid_ttft_seconds", "Request received to first body bytes", buckets=_SECONDS, registry=r
         )
@@ -68,6 +69,11 @@ class Metrics:
         self.frames_dropped = Counter("braid_frames_dropped", "Frames dropped", ["reason"], registry=r)
         self.cancels_unanswered = Counter(
             "braid_cancels_unanswered", "Cancelled dispatches whose worker never answered", registry=r
+        )
+
+    def _kv_time(self, name: str, help: str) -> Histogram:
+        return Histogram(
+            f"braid_kv_{name}_seconds", help, ["transport"], buckets=_KV_SECONDS, registry=self.registry
         )
 
     def render(self) -> bytes:

@@ -22,7 +22,10 @@ def by_worker(pairs: Iterable[tuple[str, KvRecord | None]]) -> dict[str, KvRecor
 
 
 def headers(request_id: str, prefill: str, kv: dict[str, KvRecord | None]) -> list[tuple[str, str]]:
-    """The ``x-braid-*`` headers; those of the path are absent while no worker has reported."""
+    """The ``x-braid-*`` headers; those of the path are absent while no worker has reported.
+
+    The times of the transfers are in ``server-timing`` (W3C), in milliseconds.
+    """
     known = [record for record in kv.values() if record is not None]
     lines = [("x-request-id", request_id), ("x-braid-decode", ",".join(kv))]
     if prefill:
@@ -33,9 +36,17 @@ def headers(request_id: str, prefill: str, kv: dict[str, KvRecord | None]) -> li
             ("x-braid-path", total.path),
             ("x-braid-kv-bytes", str(total.nbytes)),
             ("x-braid-kv-transfers", str(total.transfers)),
+            ("x-braid-kv-blocks", str(total.blocks)),
+            ("x-braid-kv-blocks-cached", str(total.blocks_cached)),
+            ("x-braid-kv-retries", str(total.retries)),
         ]
         if total.transport:
-            lines.append(("x-braid-kv-transport", total.transport))
+            spans = ("queue", total.queue_s), ("wait", total.wait_s), ("wire", total.wire_s)
+            timing = (*spans, ("scatter", total.scatter_s))
+            lines += [
+                ("x-braid-kv-transport", total.transport),
+                ("server-timing", ", ".join(f"kv-{name};dur={s * 1000:.3f}" for name, s in timing)),
+            ]
     return lines
 
 
@@ -61,9 +72,13 @@ def count(metrics: Metrics, kv: dict[str, KvRecord | None]) -> None:
             metrics.kv_bytes.inc(record.nbytes)
             metrics.kv_transfers.inc(record.transfers)
             metrics.kv_retries.inc(record.retries)
+            metrics.kv_blocks.labels("moved").inc(record.blocks)
+            metrics.kv_blocks.labels("cached").inc(record.blocks_cached)
             if record.path == "remote":
+                metrics.kv_queue.labels(record.transport).observe(record.queue_s)
                 metrics.kv_wait.labels(record.transport).observe(record.wait_s)
                 metrics.kv_wire.labels(record.transport).observe(record.wire_s)
+                metrics.kv_scatter.labels(record.transport).observe(record.scatter_s)
 
 
 def _one(record: KvRecord | None) -> dict[str, Any] | None:

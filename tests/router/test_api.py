@@ -170,6 +170,12 @@ async def test_metrics_tell_paths_and_outcomes(stand: Stand) -> None:
         'braid_requests_total{endpoint="chat",outcome="completed"} 1.0',
         'braid_path_total{path="remote",reason=""} 1.0',
         "braid_kv_bytes_total 1000.0",
+        'braid_kv_blocks_total{source="moved"} 4.0',
+        'braid_kv_blocks_total{source="cached"} 0.0',
+        *(
+            f'braid_kv_{what}_seconds_count{{transport=""}} 1.0'
+            for what in ("queue", "wait", "wire", "scatter")
+        ),
         'braid_workers{role="decode",state="ready"} 1.0',
         'braid_pairs{state="verified"} 1.0',
     ):
