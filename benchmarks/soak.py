@@ -2,11 +2,11 @@
 
     python -m benchmarks.soak --minutes 60
 
-Greedy prompts whose answers are known from a calm phase are asked all the time; an answer that is not the
-known one, or not a prefix of it where the stream was cut, is a wrong token. Other clients ask for groups and
-leave when they like. Workers are killed or stopped in turn and come back; in the last `--calm-minutes` none
-is, so that the memory of each process can be followed once it has seen the worst. At the end nothing may be
-held.
+Greedy prompts whose answers are known from a calm phase are asked all the time, half of them so that no
+cache has anything of them; an answer that is not the known one, or not a prefix of it where the stream was
+cut, is a wrong token. Other clients ask for groups and leave when they like. Workers are killed or stopped
+in turn and come back; in the last `--calm-minutes` none is, so that the memory of each process can be
+followed once it has seen the worst. At the end nothing may be held.
 """
 
 from __future__ import annotations
@@ -93,6 +93,7 @@ class Soak:
         text, done = "", False
         async with self.client.stream("POST", "/v1/completions", json=body) as reply:
             self.paths[reply.headers.get("x-braid-path", f"status {reply.status_code}")] += 1
+            self.paths["with KV moved"] += int(reply.headers.get("x-braid-kv-bytes", 0)) > 0
             async for line in alines(reply.aiter_bytes()):
                 if line == "data: [DONE]":
                     done = True
@@ -103,6 +104,8 @@ class Soak:
 
     async def ask_known(self) -> None:
         body, expected = self.rng.choice(self.known)
+        if self.rng.random() < 0.5:  # its KV is in no cache: it is computed and moved again
+            body = body | {"cache_salt": f"{self.rng.random()}"}
         text, done = await self.stream(body)
         right = text == expected if done else expected.startswith(text)
         self.outcomes["complete" if done else "cut" if text else "refused"] += 1

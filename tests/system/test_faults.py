@@ -127,15 +127,16 @@ async def test_a_decode_worker_killed_before_its_first_token_is_replaced(system:
 async def test_a_paused_prefill_worker_is_given_up_and_comes_back(system: System) -> None:
     system.signal("prefill-0", signal.SIGSTOP)
     try:
-        body = {"model": "demo", "prompt": [12] * 300, "temperature": 0, "max_tokens": 4}
+        body = {"model": "demo", "prompt": [12] * 300, "temperature": 0, "max_tokens": 16, "ignore_eos": True}
         reply = await system.client.post("/v1/completions", json=body)
         assert reply.status_code == 200
         assert reply.headers["x-braid-path"] in ("recomputed", "local")
     finally:
         system.signal("prefill-0", signal.SIGCONT)
     await system.has("decode-0", "decode-1")
-    again = await system.client.post("/v1/completions", json=body)
+    again = await system.client.post("/v1/completions", json=body | {"cache_salt": "another cache"})
     assert again.headers["x-braid-path"] == "remote"
+    assert again.json()["choices"][0]["text"] == reply.json()["choices"][0]["text"]
 
 
 async def test_a_killed_server_takes_its_engine_along(system: System) -> None:

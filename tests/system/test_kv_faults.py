@@ -59,18 +59,22 @@ async def network(proxied: tuple[Cluster, Proxy]) -> AsyncIterator[tuple[System,
     await system.client.aclose()
 
 
-async def ask(system: System, prompt: list[int]) -> tuple[str, dict[str, Any]]:
+async def ask(system: System, prompt: list[int], **fields: Any) -> tuple[str, dict[str, Any]]:
     """The greedy text, and what the decode worker says of its transfer."""
     body = {"model": "demo", "prompt": prompt, "temperature": 0, "max_tokens": 16, "ignore_eos": True}
-    reply = (await system.client.post("/v1/completions", json=body)).json()
+    reply = (await system.client.post("/v1/completions", json=body | fields)).json()
     (record,) = reply["braid"]["decode"].values()
     return reply["choices"][0]["text"], record
 
 
 async def check_answer(system: System, prompt: list[int], text: str) -> None:
-    """The same prompt with a calm network is answered alike; by then it is in the decode worker's cache."""
-    again, _ = await ask(system, prompt)
-    assert again == text
+    """With a calm network the same prompt is answered alike: from what the decode worker has in its cache by
+    then, and where neither worker has anything of it."""
+    cached, record = await ask(system, prompt)
+    assert record["blocks_cached"] > 0
+    anew, record = await ask(system, prompt, cache_salt="another cache")
+    assert (record["path"], record["blocks_cached"]) == ("remote", 0)
+    assert cached == anew == text
 
 
 def fresh_prompt(seed: int) -> list[int]:
