@@ -33,6 +33,7 @@ from benchmarks.bench import CHAT, positive
 from benchmarks.kept import folder, keep
 from benchmarks.machine import describe_machine, package_versions
 from braid.evaluate.figures import SOURCES, difference, mcnemar, wilson
+from demo import tasks
 from deploy.local import Cluster, UpSettings
 
 RUNS = (("none", "none"), ("none again", "none"), ("int8", "int8"), ("fp8", "fp8"))
@@ -54,7 +55,7 @@ async def ask(client: httpx.AsyncClient, model: str, problem: Problem) -> Answer
     """One greedy worked answer."""
     body = {
         "model": model,
-        "messages": [{"role": "user", "content": f"{problem.prompt} Let's think step by step."}],
+        "messages": [{"role": "user", "content": problem.prompt + tasks.WORKED_SUFFIX}],
         "temperature": 0,
         "max_tokens": MAX_TOKENS,
         "logprobs": True,
