@@ -29,13 +29,15 @@ class Process:
 
     def __init__(self, pid: int) -> None:
         """Raises OSError if there is none."""
-        self._fd = os.pidfd_open(pid)
-        weakref.finalize(self, os.close, self._fd)
+        fd = os.pidfd_open(pid)
+        weakref.finalize(self, os.close, fd)
+        self._end = select.poll()
+        self._end.register(fd, select.POLLIN)
 
     @property
     def alive(self) -> bool:
         """Whether it has not ended; one that is stopped has not."""
-        return not select.select([self._fd], [], [], 0)[0]
+        return not self._end.poll(0)
 
 
 class ShmSender:
@@ -105,27 +107,25 @@ class ShmReceiver:
 
 
 class ShmConsumer:
-    """See :class:`kvtransfer.transport.ConsumerTransport`. An endpoint's arena is mapped once."""
+    """See :class:`kvtransfer.transport.ConsumerTransport`.
+
+    A session maps the arena as long as it lasts: a map keeps all of the memory of a producer that is gone.
+    """
 
     name = "shm"
-
-    def __init__(self) -> None:
-        self._maps: dict[str, tuple[ArenaRef, memoryview]] = {}
 
     def offer(self) -> bytes:
         return msgspec.msgpack.encode(os.getpid())
 
     def open(self, welcome: wire.Welcome, endpoint: str, deliver: Deliver, broken: Broken) -> ShmReceiver:
         try:
-            ref = msgspec.msgpack.decode(welcome.data, type=ArenaRef)
-            if endpoint not in self._maps or self._maps[endpoint][0] != ref:
-                self._maps[endpoint] = ref, open_arena(ref)
+            memory = open_arena(msgspec.msgpack.decode(welcome.data, type=ArenaRef))
         except (msgspec.DecodeError, OSError, ValueError, OverflowError) as error:
             raise Unavailable(f"shm: {error}") from None
-        return ShmReceiver(self._maps[endpoint][1], deliver)
+        return ShmReceiver(memory, deliver)
 
     def close(self) -> None:
-        self._maps.clear()
+        """The maps are the sessions'."""
 
 
 def rows_at(
@@ -134,13 +134,16 @@ def rows_at(
     """The rows a message names in a producer's staging, which is mapped at ``address``.
 
     Raises:
-        KvWireError: they are not inside the memory.
+        KvWireError: they are not inside the memory, or not as many bytes as the message says.
     """
     count = message.skip + message.count
     nbytes = shape.layers * count * shape.heads * shape.row_bytes
     inside = 0 <= message.at <= memory.nbytes - nbytes and message.skip >= 0 and message.count >= 1
     if not inside or message.heads != shape.heads:
         raise wire.KvWireError(f"{nbytes} bytes at {message.at} are not in the arena of {memory.nbytes}")
+    expected = shape.layers * message.count * (heads[1] - heads[0]) * shape.row_bytes
+    if message.nbytes != expected:
+        raise wire.KvWireError(f"payload of {message.nbytes} bytes, expected {expected}")
     block = shape.heads * shape.row_bytes
     offset = message.at + message.skip * block + heads[0] * shape.row_bytes
     layout = (shape.layers, message.count, heads[1] - heads[0], shape.row_bytes)

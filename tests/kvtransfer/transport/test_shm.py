@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pytest
 
 from kvtransfer import arena, wire
 from kvtransfer.arena import Arena, ArenaRef, open_arena
-from kvtransfer.transport.shm import ShmConsumer
+from kvtransfer.transport.shm import Process, ShmConsumer
 from tests.kvtransfer.ends import EPOCH, ConsumerEnd, Pair, contents, make_key, same
 from tests.kvtransfer.raw import ONE_LANE, SHAPES, RawProducer
 from tests.kvtransfer.transport.contract import InOneProcess, InTwoProcesses
@@ -125,10 +127,13 @@ def test_a_load_goes_by_zmq_where_the_arena_can_not_be_opened(
         {"skip": -1},
         {"heads": 1},
         {"heads": 0},
+        {"nbytes": 0},
+        {"nbytes": -2 * SHAPES[0].block_bytes},
+        {"nbytes": 2**64 - 1},
     ],
     ids=str,
 )
-def test_blocks_outside_of_the_arena_end_the_load_and_write_nothing(
+def test_blocks_that_do_not_fit_the_arena_end_the_load_and_write_nothing(
     d: ConsumerEnd, raw: RawProducer, memory: Arena, changes: dict[str, int]
 ) -> None:
     before = contents(d.cache)
@@ -143,7 +148,8 @@ def test_blocks_outside_of_the_arena_end_the_load_and_write_nothing(
 
 
 def test_the_memory_of_a_killed_producer_goes_with_its_process() -> None:
-    """It has no name that could be left behind; a consumer that maps it lets go of it in the end."""
+    """It has no name that could be left behind, and a consumer that mapped it lets go of it and lives on:
+    a decode worker kept all staging of each prefill worker that it had outlived."""
     named = _named()
     far, d = Peer("producer", list(NAMES)), consumer(list(NAMES))
     try:
@@ -156,25 +162,41 @@ def test_the_memory_of_a_killed_producer_goes_with_its_process() -> None:
     finally:
         far.signal(signal.SIGKILL)
         far.close()
-        d.close()
-    assert inode not in _mapped()
+        try:
+            d.until(lambda: inode not in _mapped())
+        finally:
+            d.close()
     assert _named() == named
 
 
-def test_an_arena_is_mapped_once_a_producer() -> None:
+def test_a_session_that_has_ended_maps_nothing() -> None:
     transport, memory = ShmConsumer(), Arena(4096)
     before = _mapped()
     welcome = wire.Welcome(1, "shm", msgspec.msgpack.encode(memory.ref))
-    receivers = [
-        transport.open(welcome, "tcp://p", lambda message, rows: None, lambda reason: None) for _ in range(3)
-    ]
-    assert len(_mapped()) == len(before) + 1
-    for receiver in receivers:
+    for _ in range(3):
+        receiver = transport.open(welcome, "tcp://p", lambda message, rows: None, lambda reason: None)
+        assert len(_mapped()) == len(before) + 1
         receiver.close()
-    transport.close()
-    del receiver, receivers
-    assert _mapped() == before
+        assert _mapped() == before
     memory.close()
+
+
+def test_a_process_is_watched_whatever_the_number_of_its_descriptor() -> None:
+    """`select` takes none over 1023: a producer with many connections began no session any more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
+    taken = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        with subprocess.Popen(["sleep", "60"]) as child:
+            process = Process(child.pid)
+            assert process.alive
+            child.kill()
+            child.wait()
+            assert not process.alive
+    finally:
+        for fd in taken:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def _descriptors(pid: int) -> list[Path]:
