@@ -38,9 +38,12 @@ CONNECT_S = 5.0
 RESUME_S = 1.0
 """The same, for one that was connected before."""
 MAX_RETRIES = 3
-"""Times a load is resumed after its connection broke."""
+"""Times a load is resumed after a connection of its broke."""
 ACK_BYTES = 16 * 1024 * 1024
 """Payload after which the producer's window is moved on; a fraction of its size."""
+
+EARLY_BYTES = 64 * 1024 * 1024
+"""Payload of a load that is kept before its manifest has come: as much as may be on its way."""
 
 Socket = zmq.Socket[bytes]
 _EVENTS = (
@@ -66,7 +69,8 @@ class _Part:
         missing: by group, the blocks not yet written.
         targets: by group, its first block and where its blocks go.
         due: by group, of those the subscription covers, the blocks not yet announced.
-        early: messages that came before the manifest (on another lane).
+        early: messages that came before the manifest (on another lane); ``early_bytes`` of payload.
+        retries: times its connection was lost.
     """
 
     load: _Load
@@ -77,6 +81,8 @@ class _Part:
     due: dict[int, set[int]] = field(default_factory=dict)
     manifest: wire.Manifest | None = None
     early: list[tuple[wire.Blocks, list[zmq.Frame]]] = field(default_factory=list)
+    early_bytes: int = 0
+    retries: int = 0
 
     @property
     def heads(self) -> tuple[int, int]:
@@ -103,10 +109,14 @@ class _Load:
     first_at: float = 0.0
     scatter_s: float = 0.0
     nbytes: int = 0
-    retries: int = 0
     transport: str = ""
     writing: int = 0
     failed: str = ""
+
+    @property
+    def retries(self) -> int:
+        """Times it was resumed: of several connections the one that was lost most often."""
+        return max(part.retries for part in self.parts)
 
 
 @dataclass(slots=True)
@@ -339,12 +349,12 @@ class Consumer:
             peer.receiver.close()
             peer.receiver = None
         for load in self._loads_from(peer.endpoint):
-            load.retries += 1
             for part in load.parts:
                 if part.source.endpoint == peer.endpoint and not part.complete:
                     self._parts.pop(part.sub, None)
-                    part.sub, part.manifest = 0, None
+                    part.sub, part.manifest, part.early_bytes = 0, None, 0
                     part.early.clear()
+                    part.retries += 1
             if load.retries > MAX_RETRIES:
                 self._fail(load, "disconnected")
 
@@ -374,7 +384,7 @@ class Consumer:
                 lambda blocks, rows: self._deliver(peer, message.session, blocks, rows),
                 lambda reason: self._broken(peer, message.session, reason),
             )
-        except Unavailable as error:
+        except (Unavailable, OSError, zmq.ZMQError) as error:
             log.info("kv_transport_unavailable", extra={"transport": message.transport, "detail": str(error)})
             peer.unusable.add(message.transport)
             self._greet(peer)
@@ -438,6 +448,7 @@ class Consumer:
         if reason == "no_transport":
             log.error("kv_no_common_transport", extra={"peer": peer.endpoint})
             self._give_up(peer, reason)
+            self._hang_up(peer)
         elif peer.up:
             self._greet(peer)
 
@@ -450,7 +461,7 @@ class Consumer:
             self._fail(part.load, str(refusal))
             return
         part.manifest = message
-        early, part.early = part.early, []
+        early, part.early, part.early_bytes = part.early, [], 0
         for blocks, frames in early:
             if self._parts.get(message.sub) is part:  # else the load has ended or starts over
                 self._take(peer, part, blocks, frames)
@@ -492,6 +503,10 @@ class Consumer:
             return
         if part.manifest is None:
             part.early.append((message, frames))
+            part.early_bytes += sum(len(frame) for frame in frames)
+            if len(part.early) > sum(map(len, part.due.values())) or part.early_bytes > EARLY_BYTES:
+                log.error("kv_blocks_refused", extra={"detail": "no manifest", "security": True})
+                self._fail(part.load, "no_manifest")
         else:
             self._take(peer, part, message, frames)
 
@@ -581,7 +596,7 @@ class Consumer:
         del self._parts[part.sub]
         part.load.transport = peer.transport
         self._finish(part.load)  # first, as somebody waits for it
-        self._send(peer, wire.Done(part.load.spec.key, part.sub))
+        self._send(self._peer(part.source.endpoint), wire.Done(part.load.spec.key, part.sub))
 
     def _finish(self, load: _Load) -> None:
         """End a load that has everything. A block may be on its way into the cache a second time."""
@@ -629,12 +644,17 @@ class Consumer:
         for peer in list(self._peers.values()):
             waiting = self._loads_from(peer.endpoint)
             patience = RESUME_S if peer.known else CONNECT_S
-            for load in waiting if not peer.up else ():
-                if now - max(peer.trouble_at, load.started) > patience:
-                    self._fail(load, "disconnected" if peer.known else "unreachable")
-            if peer.lost or (not waiting and now - peer.idle_since > IDLE_S):
+            overdue = [
+                load
+                for load in waiting
+                if not peer.up and now - max(peer.trouble_at, load.started) > patience
+            ]
+            for load in overdue:
+                self._fail(load, "disconnected" if peer.known else "unreachable")
+            # Not to one that may be connected and yet begins no session: the next load tries it anew.
+            if peer.lost or overdue or (not waiting and now - peer.idle_since > IDLE_S):
                 self._hang_up(peer)
-            if peer.lost and self._loads_from(peer.endpoint):
+            if self._loads_from(peer.endpoint) and peer.endpoint not in self._peers:
                 again = self._peer(peer.endpoint)
                 again.known, again.trouble_at = peer.known, peer.trouble_at
 

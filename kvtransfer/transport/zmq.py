@@ -33,14 +33,16 @@ class ZmqSender:
     stretch = 1
     wraps = True
 
-    def __init__(self, socket: Socket, address: bytes) -> None:
+    def __init__(self, socket: Socket, address: bytes, lanes: int) -> None:
         self._socket = socket
         self._addresses = [address]
+        self._lanes = lanes
         self._turn = itertools.count()
 
     def add_lane(self, address: bytes) -> None:
-        """A further connection of this session."""
-        self._addresses.append(address)
+        """A further connection of this session; more than agreed are not used."""
+        if len(self._addresses) < self._lanes and address not in self._addresses:
+            self._addresses.append(address)
 
     def send(self, parcel: Parcel, digest: int) -> None:
         header = wire.encode(parcel.header(digest=digest))
@@ -63,7 +65,7 @@ class ZmqProducer:
 
     def accept(self, hello: wire.Hello, offer: bytes, address: bytes) -> tuple[ZmqSender, bytes]:
         lanes = max(1, min(_terms(offer).lanes, self._max_lanes))
-        return ZmqSender(self._socket, address), msgspec.msgpack.encode(Terms(lanes))
+        return ZmqSender(self._socket, address, lanes), msgspec.msgpack.encode(Terms(lanes))
 
     def close(self) -> None:
         """The socket is the producer's."""
@@ -112,16 +114,20 @@ class ZmqConsumer:
 
     def open(self, welcome: wire.Welcome, endpoint: str, deliver: Deliver, broken: Broken) -> ZmqReceiver:
         lanes = min(_terms(welcome.data).lanes, self._lanes)
-        closers = []
-        for _ in range(1, lanes if lanes > 1 else 1):
-            socket, close = self._connect(endpoint)
-            socket.send(wire.encode(wire.Lane(self._consumer, welcome.session)), zmq.NOBLOCK)
-            closers.append(close)
+        closers: list[Callable[[], None]] = []
 
         def close_all() -> None:
             while closers:
                 closers.pop()()
 
+        try:
+            for _ in range(1, lanes):
+                socket, close = self._connect(endpoint)
+                closers.append(close)
+                socket.send(wire.encode(wire.Lane(self._consumer, welcome.session)), zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            close_all()
+            raise Unavailable(f"zmq: no further connection ({error})") from None
         return ZmqReceiver(deliver, close_all)
 
     def close(self) -> None:

@@ -1,0 +1,156 @@
+"""One failure costs one load: what comes after it works, and nobody can make an end hold without bound."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import zmq
+
+from kvtransfer import wire
+from kvtransfer.arena import open_arena
+from tests.kvtransfer.ends import (
+    BLOCK_BYTES,
+    EPOCH,
+    ROW_BYTES,
+    ConsumerEnd,
+    Pair,
+    ProducerEnd,
+    make_cache,
+    make_key,
+    same,
+)
+from tests.kvtransfer.proxy import Proxy
+from tests.kvtransfer.raw import ONE_LANE, RawConsumer, RawProducer
+
+MakePair = Callable[..., Pair]
+KEY = make_key()
+
+
+def once(function: Callable[..., Any], error: Exception, at: int) -> Callable[..., Any]:
+    """The function, whose call number ``at`` fails."""
+    calls = 0
+
+    def called(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            raise error
+        return function(*args)
+
+    return called
+
+
+def loads(pair: Pair, number: int) -> wire.Event:
+    """How one more load ends, with nothing left of it."""
+    key = make_key(number)
+    pair.p.open(key, 2)
+    pair.p.publish(key, 0, [3, 4])
+    pair.d.load(key, pair.endpoint, (1, 2))
+    pair.d.until(lambda: any(getattr(event, "key", None) == key for event in pair.d.events.seen))
+    pair.p.call(lambda: pair.p.end.end(key, "over"))
+    (event,) = (event for event in pair.d.events.seen if getattr(event, "key", None) == key)
+    return event
+
+
+@pytest.mark.parametrize("transport", ["shm", "zmq"])
+def test_the_load_after_one_that_found_no_descriptor_works(
+    make_pair: MakePair, monkeypatch: pytest.MonkeyPatch, transport: str
+) -> None:
+    """The pair was connected, began no session any more, and every load failed while there were some."""
+    monkeypatch.setattr("kvtransfer.consumer.CONNECT_S", 0.3)
+    pair = make_pair(transports=[transport], lanes=2)
+    if transport == "shm":
+        full = once(open_arena, OSError(errno.EMFILE, "full"), 1)
+        monkeypatch.setattr("kvtransfer.transport.shm.open_arena", full)
+    else:
+        monkeypatch.setattr(pair.d.end, "_open", once(pair.d.end._open, zmq.ZMQError(errno.EMFILE), 2))
+    first, second = loads(pair, 1), loads(pair, 2)
+    assert isinstance(first, wire.Failed)
+    assert isinstance(second, wire.Loaded)
+    assert second.transport == transport
+    assert same(pair.p.cache, [3, 4], pair.d.cache, [1, 2])
+
+
+def test_a_producer_that_begins_no_session_is_tried_anew_with_each_load(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("kvtransfer.consumer.CONNECT_S", 0.2)
+    raw, d = RawProducer(), ConsumerEnd(transports=["zmq"])
+    try:
+        for number in (1, 2):
+            d.load(make_key(number), raw.endpoint, (1,))
+            raw.expect(wire.Hello)
+            assert d.events.expect(wire.Failed, make_key(number)).reason == "unreachable"
+            d.until(lambda: not d.end._peers)
+        d.load(KEY, raw.endpoint, (1,))
+        raw.welcome("zmq", ONE_LANE)
+        raw.expect(wire.Subscribe)
+        d.unload(KEY)
+    finally:
+        d.close()
+        raw.close()
+
+
+def test_each_connection_of_a_load_may_break_as_often_as_one_may() -> None:
+    """A blip of the network that four ranks have in common is one."""
+    ranks = [ProducerEnd(transports=["zmq"], cache=make_cache(fill=True, heads=4)) for _ in range(4)]
+    proxies = [Proxy(p.end.endpoint) for p in ranks]
+    d = ConsumerEnd(transports=["zmq"], cache=make_cache(fill=False, heads=4))
+    try:
+        for p in ranks:
+            p.open(KEY, 4)
+            p.publish(KEY, 0, [1, 2])
+        sources = tuple(wire.Source(proxy.endpoint, EPOCH, n, n + 1, n) for n, proxy in enumerate(proxies))
+        d.load(KEY, "", (1, 2, 3, 4), sources=sources)
+        d.until(lambda: d.end._loads[KEY].nbytes == 4 * 2 * 2 * ROW_BYTES)
+        for proxy in proxies:
+            proxy.reset()
+        d.until(lambda: all(part.retries == 1 and part.sub for part in d.end._loads[KEY].parts))
+        for p in ranks:
+            p.publish(KEY, 2, [3, 4])
+        assert d.events.expect(wire.Loaded, KEY).retries == 1
+        for p in ranks:
+            p.settle()
+    finally:
+        d.close()
+        for proxy in proxies:
+            proxy.close()
+        for p in ranks:
+            p.close()
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_blocks_without_a_manifest_are_not_kept_without_bound(
+    monkeypatch: pytest.MonkeyPatch, large: bool
+) -> None:
+    monkeypatch.setattr("kvtransfer.consumer.EARLY_BYTES", 3 * BLOCK_BYTES)
+    raw, d = RawProducer(), ConsumerEnd(transports=["zmq"])
+    try:
+        d.load(KEY, raw.endpoint, (1, 2, 3, 4))
+        raw.welcome()
+        sub = raw.expect(wire.Subscribe).sub
+        for _ in range(1 if large else 5):
+            payload = bytes(4 * BLOCK_BYTES if large else 8)
+            raw.say(wire.Blocks(sub, 0, 0, 1, BLOCK_BYTES), payload)
+        assert d.events.expect(wire.Failed, KEY).reason == "no_manifest"
+        assert not d.call(lambda: d.end._parts)
+    finally:
+        d.close()
+        raw.close()
+
+
+def test_connections_over_those_agreed_carry_nothing(make_pair: MakePair) -> None:
+    pair = make_pair(transports=["zmq"])
+    stranger = RawConsumer(pair.endpoint)
+    try:
+        stranger.say(*(wire.Lane(stranger.id, 1) for _ in range(100)))
+        pair.p.open(KEY, 1)
+        stranger.subscribe(KEY, 1, 1)
+        stranger.expect(wire.Manifest)
+        (session,) = pair.p.call(lambda: list(pair.p.end._sessions.values()))
+        assert len(session.sender._addresses) == 1  # type: ignore[attr-defined]
+    finally:
+        stranger.close()
