@@ -40,7 +40,7 @@ import msgspec
 
 _T = TypeVar("_T")
 
-PROTOCOL = 5
+PROTOCOL = 6
 MAX_FRAME = 64 * 1024 * 1024
 """Upper bound of one frame in bytes."""
 

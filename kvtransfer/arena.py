@@ -3,7 +3,7 @@
 The memory has no name in the file system (``memfd_create``): the kernel takes it back when the last process
 that holds it ends, however it ends. Nothing is allocated until it is touched; regions are handed out from
 the lowest free address on, so that a lightly used arena stays small and warm, and what only a burst has
-touched is given back (:meth:`Arena.give_back`).
+touched can be given back (:meth:`Arena.age`).
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class Arena:
         self._free: list[tuple[int, int]] = [(ALIGN, self.capacity)]
         self.used = 0
         self._touched = ALIGN  # end of what has pages
-        self._lately = ALIGN  # end of what was handed out since pages were last given back
+        self._lately = ALIGN  # end of what was handed out since the last `age`
+        self._kept = self._nbytes  # end of what was handed out before
         self._held = False
 
     @property
@@ -68,6 +69,7 @@ class Arena:
                     self._free[index] = (at + size, room - size)
                 self.used += size
                 self._lately = max(self._lately, at + size)
+                self._touched = max(self._touched, at + size)
                 return at
         return None
 
@@ -88,15 +90,20 @@ class Arena:
         """From now on the pages are a device's too (pinned, registered): none is given back."""
         self._held = True
 
-    def give_back(self) -> int:
-        """Give the kernel the pages above all that is handed out, or was since the last call.
-
-        They read as zeros, here and where a peer has them mapped, until they are written again. Returns how
-        many bytes it were.
-        """
-        self._touched = max(self._touched, self._lately)
-        begin, end = _whole_pages(self._lately), _whole_pages(self._touched)
+    def age(self) -> None:
+        """What was handed out since the last call, or is now, stays; what lies above may be given back."""
+        self._kept = self._lately
         self._lately = self._top()
+
+    def give_back(self, most: int) -> int:
+        """Give the kernel pages that :meth:`age` has left, from the top down, about ``most`` bytes.
+
+        They read as zeros, here and where a peer has them mapped, until they are written again. The
+        interpreter stands still meanwhile. Returns how many bytes it were; raises OSError if the kernel
+        does not take them.
+        """
+        end = _whole_pages(self._touched)
+        begin = max(_whole_pages(max(self._kept, self._lately)), end - _whole_pages(most))
         if self._held or begin >= end:
             return 0
         self._mmap.madvise(mmap.MADV_REMOVE, begin, end - begin)

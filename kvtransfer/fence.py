@@ -35,6 +35,7 @@ class Waiter:
         self._name = name
         self._queue: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._begin = threading.Lock()
 
     def after(
         self, fence: Fence, call: Callable[[bool], None], meanwhile: Callable[[], object] = lambda: None
@@ -44,9 +45,10 @@ class Waiter:
         Calls keep their order. ``meanwhile`` is run before waiting, without the loop; if it raises, the call
         is told that it did not go well, after the fence all the same. From any thread.
         """
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-            self._thread.start()
+        with self._begin:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                self._thread.start()
         self._queue.put((fence, call, meanwhile))
 
     def stop(self) -> None:

@@ -101,15 +101,17 @@ class Lease(Generic[P]):
         pieces = self.pieces.get(group)
         return pieces[-1].last if pieces else self.spans[group].first
 
-    def next_parcels(self, subscriber: Subscriber) -> list[tuple[P, int]]:
+    def next_parcels(self, subscriber: Subscriber) -> list[tuple[P, int, int]]:
         """Published pieces that the subscription wants and has not been fed, each with the number of its
-        leading blocks to leave out. They count as fed from here on."""
+        leading blocks to leave out and of those to send. They count as fed from here on."""
         found = []
         for group, want in subscriber.wants.items():
             pieces = self.pieces.get(group, [])
             for piece in pieces[subscriber.fed.get(group, 0) :]:
-                if piece.last > want.first and piece.first < want.first + want.count:
-                    found.append((piece, max(0, want.first - piece.first)))
+                first = max(piece.first, want.first)
+                last = min(piece.last, want.first + want.count)
+                if first < last:
+                    found.append((piece, first - piece.first, last - first))
             subscriber.fed[group] = len(pieces)
         return found
 
@@ -174,6 +176,11 @@ class LeaseTable(Generic[P]):
             granted.append(lease)
         return granted
 
+    @property
+    def early_subscribers(self) -> int:
+        """Subscriptions whose lease is not open yet."""
+        return sum(len(subscribers) for _, subscribers in self.early.values())
+
     def knows(self, key: Key) -> bool:
         """Whether a lease of this key is open."""
         return key in self.held or key in self.waiting
@@ -237,6 +244,12 @@ class LeaseTable(Generic[P]):
         for lease in (*self.held.values(), *self.waiting.values(), *self.closing):
             for sub in [sub for sub, s in lease.subscribers.items() if sub[0] == consumer and not s.ended]:
                 del lease.subscribers[sub]
+
+    def reads(self, consumer: bytes) -> bool:
+        """Whether a consumer may read memory of some lease now or later."""
+        now, leases = self._clock(), (*self.held.values(), *self.waiting.values(), *self.closing)
+        subscribers = (s for lease in leases for s in lease.subscribers.values())
+        return any(s.id[0] == consumer and not s.ended and s.until > now for s in subscribers)
 
     def close(self, key: Key, reason: str) -> Lease[P] | None:
         """End a lease. Its memory comes back with a later :meth:`reclaim`. Idempotent: None if not there."""

@@ -41,6 +41,8 @@ log = logging.getLogger("braid.kvtransfer")
 
 MAX_EARLY = 4096
 """Subscriptions held for keys that are not open yet; more are refused."""
+MAX_SUBSCRIPTIONS = 4096
+"""Subscriptions of a session that have not ended; more are refused."""
 WINDOW_BYTES = 64 * 1024 * 1024
 """Payload on its way to one consumer; more waits in staging until the consumer acknowledges."""
 MAX_DEADLINE_S = 600.0
@@ -53,6 +55,8 @@ IDLE_S = 60.0
 
 GIVE_BACK_S = 60.0
 """Staging that nothing used for this long loses its pages, but for what lies below something used."""
+GIVE_BACK_BYTES = 16 * 1024 * 1024
+"""That much of it a tick: a few milliseconds."""
 
 Fill = Callable[[range, torch.Tensor], Fence | None]
 """Writes blocks, numbered from the first one handed over, into ``[layers, count, heads, row_bytes]``."""
@@ -185,6 +189,8 @@ class Producer:
     def stage(self, key: wire.Key, group: int, first: int, count: int, fill: Fill) -> bool:
         """Copy blocks ``[first, first + count)`` of a group into the lease and hand them on; from any thread.
 
+        What ``fill`` raises is raised, and ends the lease as ``copy_failed``.
+
         ``fill`` is called here, once a piece; blocks are sent as soon as its fence has passed. Blocks come
         in order, per group. Returns whether the lease is still there.
         """
@@ -194,6 +200,7 @@ class Producer:
                 return False
             lease.writers += 1
         lease.early = lease.sent
+        well = False
         try:
             block_bytes = self._shapes[group].block_bytes
             piece_bytes = min(self._piece_bytes * lease.stretch, wire.MAX_PAYLOAD // 2)
@@ -207,10 +214,13 @@ class Producer:
                         lease.writers += 1
                     meanwhile = piece.wrap if lease.wrapped else _nothing
                     self._waiter.after(fence, partial(self._written, lease, piece), meanwhile)
+            well = True
             return True
         finally:
             with self._lock:
                 lease.writers -= 1
+            if not well:  # what follows would have a gap before it
+                self._loop.call_soon(partial(self._spoil, lease))
 
     def _piece(self, lease: Lease[Piece], group: int, first: int, count: int) -> Piece:
         """The place of blocks in a lease's memory: groups one after the other, blocks in order."""
@@ -228,7 +238,12 @@ class Producer:
             lease.writers -= 1
         if well:
             self._publish(lease, piece)
-        elif self.table.held.get(lease.key) is lease:
+        else:
+            self._spoil(lease)
+
+    def _spoil(self, lease: Lease[Piece]) -> None:
+        """Some of its blocks could not be copied."""
+        if self.table.held.get(lease.key) is lease:
             self.end(lease.key, "copy_failed")
 
     def _publish(self, lease: Lease[Piece], piece: Piece) -> None:
@@ -300,8 +315,8 @@ class Producer:
         session = self._sessions.get(subscriber.id[0])
         if session is None or subscriber.ended or subscriber.id[1] not in session.subscriptions:
             return
-        for piece, skip in lease.next_parcels(subscriber):
-            session.queue.append(Parcel(subscriber.id[1], piece, skip, subscriber.heads))
+        for piece, skip, count in lease.next_parcels(subscriber):
+            session.queue.append(Parcel(subscriber.id[1], piece, skip, count, subscriber.heads))
         self._pump(session)
 
     def _pump(self, session: _Session) -> None:
@@ -402,6 +417,11 @@ class Producer:
             case _:
                 log.warning("kv_unexpected_message", extra={"kind": type(message).__name__})
 
+    def _sessions_at(self, address: bytes, last: _Session | None) -> list[_Session]:
+        """Those that a new one takes the place of: the consumer's ``last``, and any of the connection's."""
+        found = [s for s in self._sessions.values() if s.address == address and s is not last]
+        return found if last is None else [last, *found]
+
     def _session_at(self, address: bytes) -> _Session | None:
         return next((s for s in self._sessions.values() if s.address == address), None)
 
@@ -426,8 +446,9 @@ class Producer:
             except Unavailable as error:
                 log.info("kv_transport_unavailable", extra={"transport": name, "detail": str(error)})
                 continue
-            if last is not None:
-                self._end_session(last)
+            for other in self._sessions_at(address, last):
+                self._sessions.pop(other.consumer, None)
+                self._end_session(other)
             with self._lock:  # who starts over has closed what it read
                 self.table.forget_consumer(hello.consumer, reads_on=False)
             self._departed.pop(hello.consumer, None)
@@ -452,7 +473,13 @@ class Producer:
         if (reason := self.table.ended.get(message.key)) is not None:
             log.info("kv_subscription_late", extra={"peer": session.name, "reason": reason})
             return self._send(session, wire.Refused(message.sub, reason))
-        if not self.table.knows(message.key) and len(self.table.early) >= MAX_EARLY:
+        if len(message.wants) > len(self._shapes):
+            log.warning("kv_bad_blocks", extra={"peer": session.name, "security": True})
+            return self._send(session, wire.Refused(message.sub, "bad_blocks"))
+        early = not self.table.knows(message.key)
+        if (early and self.table.early_subscribers >= MAX_EARLY) or (
+            len(session.subscriptions) >= MAX_SUBSCRIPTIONS
+        ):
             return self._send(session, wire.Refused(message.sub, "overloaded"))
         if message.sub in session.subscriptions:
             log.warning("kv_subscription_repeated", extra={"peer": session.name})
@@ -495,11 +522,21 @@ class Producer:
         self._look_after_silent()
         for session in list(self._departed.values()):
             self._forget(session)
+            if not self.table.reads(session.consumer):
+                self._departed.pop(session.consumer, None)
         if self.table.closing:
             self._grant()
+        self._give_back()
+
+    def _give_back(self) -> None:
         if time.monotonic() >= self._give_back_at:
             self._give_back_at = time.monotonic() + GIVE_BACK_S
-            self._arena.give_back()
+            self._arena.age()
+        try:
+            self._arena.give_back(GIVE_BACK_BYTES)
+        except OSError as error:  # locked memory, say
+            log.info("kv_staging_stays", extra={"detail": str(error)})
+            self._arena.hold_pages()
 
     def _look_after_silent(self) -> None:
         """Send something to consumers that wait in silence: ZMQ knows whether they are still connected."""

@@ -140,9 +140,10 @@ class Manifest(_Msg, frozen=True, tag="man"):
 class Blocks(_Msg, frozen=True, tag="blk"):
     """Blocks ``[first, first + count)`` of a group, shape ``[layers, count, heads, row_bytes]``, C order.
 
-    ``at``, ``skip`` and ``heads`` are for transports whose consumer reads the producer's staging itself:
-    the payload lies at ``at`` with ``skip`` more blocks before ``first``, and all ``heads`` of the
-    producer's rank (else 0). ``digest``: xxh3-64 of the payload as it lies in staging, 0 if not computed.
+    ``at``, ``skip``, ``of`` and ``heads`` are for transports whose consumer reads the producer's staging
+    itself (else 0): at ``at`` lie ``of`` blocks, of which ``first`` is the one after ``skip``, with all
+    ``heads`` of the producer's rank. ``digest``: xxh3-64 of the payload as it lies in staging, 0 if not
+    computed.
     """
 
     sub: int
@@ -152,6 +153,7 @@ class Blocks(_Msg, frozen=True, tag="blk"):
     nbytes: int
     at: int = 0
     skip: int = 0
+    of: int = 0
     heads: int = 0
     digest: int = 0
 

@@ -200,9 +200,8 @@ class CountedProducer:
     def _feed(self, lease: Lease[Piece], subscriber: Subscriber) -> None:
         if subscriber.ended:
             return
-        for piece, skip in lease.next_parcels(subscriber):
+        for piece, skip, count in lease.next_parcels(subscriber):
             first = piece.first + skip
-            count = piece.last - first
             nbytes = count * self._shapes[piece.group].block_bytes
             lease.sent += nbytes
             self._say(subscriber.id[0], kv.Blocks(subscriber.id[1], piece.group, first, count, nbytes))

@@ -5,8 +5,9 @@ prefill worker the scheduler side says which blocks a step finishes and the work
 into the producer's staging after the forward. On a decode worker transfers write straight into blocks
 of an import (:mod:`.imports`), outside of any step; a sample only asks for the copy of its tail block.
 
-Each role's state is in :mod:`.scheduler` and :mod:`.worker`. Every hook is wrapped: an exception costs the
-request its transfer, never the engine.
+Each role's state is in :mod:`.scheduler` and :mod:`.worker`. Hooks about a request are wrapped: an exception
+costs the request its transfer, never the engine. What would give a wrong token if it were passed over is not:
+the copy of a tail block (``start_load_kv``).
 """
 
 from __future__ import annotations
@@ -174,7 +175,10 @@ class BraidConnector(KVConnectorBase_V1, SupportsHMA):
         meta = self._connector_metadata
         if self._worker is not None and isinstance(meta, StepMeta):
             for key, group, first, block_ids in meta.saves:
-                self._worker.save(wire.Key(*key), group, first, block_ids)
+                try:
+                    self._worker.save(wire.Key(*key), group, first, block_ids)
+                except Exception:  # the others' blocks are theirs
+                    log.exception("kv_save_failed", extra={"ticket": key[0].hex()})
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Nothing: loads are complete before the step."""

@@ -67,24 +67,25 @@ class Piece:
 
 @dataclass(slots=True)
 class Parcel:
-    """What one subscription gets of a piece: its blocks from ``skip`` on, heads ``[heads[0], heads[1])``."""
+    """What one subscription gets of a piece: ``count`` blocks, ``skip`` after its first, of some heads."""
 
     sub: int
     piece: Piece
     skip: int
+    count: int
     heads: tuple[int, int]
 
     @property
     def whole(self) -> bool:
         """Whether nothing of the piece is left out."""
-        return self.skip == 0 and self.heads == (0, self.piece.shape[2])
+        return self.count == self.piece.count and self.heads == (0, self.piece.shape[2])
 
     @property
     def rows(self) -> Any:
-        """A view ``[layers, count - skip, heads, row_bytes]``, contiguous only if it is ``whole``."""
+        """A view ``[layers, count, heads, row_bytes]``, contiguous only if it is ``whole``."""
         if self.whole:
             return self.piece.rows
-        return self.piece.rows[:, self.skip :, self.heads[0] : self.heads[1]]
+        return self.piece.rows[:, self.skip : self.skip + self.count, self.heads[0] : self.heads[1]]
 
     def wrap(self) -> Frame:
         """The bytes of ``rows`` as a frame, copied unless they are ``whole``."""
@@ -94,14 +95,19 @@ class Parcel:
 
     @property
     def nbytes(self) -> int:
-        layers, count, _, row_bytes = self.piece.shape
-        return layers * (count - self.skip) * (self.heads[1] - self.heads[0]) * row_bytes
+        layers, _, _, row_bytes = self.piece.shape
+        return layers * self.count * (self.heads[1] - self.heads[0]) * row_bytes
 
     def header(self, **where: int) -> wire.Blocks:
         """The message that announces it; ``where``: fields for one-sided transports."""
         piece = self.piece
-        count = piece.count - self.skip
-        return wire.Blocks(self.sub, piece.group, piece.first + self.skip, count, self.nbytes, **where)
+        first = piece.first + self.skip
+        return wire.Blocks(self.sub, piece.group, first, self.count, self.nbytes, **where)
+
+
+def is_part(message: wire.Blocks) -> bool:
+    """Whether a message's blocks are some of those that it says lie there."""
+    return message.skip >= 0 and message.count >= 1 and message.skip + message.count <= message.of
 
 
 class Sender(Protocol):

@@ -28,7 +28,16 @@ import torch
 import zmq
 
 from kvtransfer import wire
-from kvtransfer.transport import Broken, ConsumerSide, Deliver, Parcel, ProducerSide, Socket, Unavailable
+from kvtransfer.transport import (
+    Broken,
+    ConsumerSide,
+    Deliver,
+    Parcel,
+    ProducerSide,
+    Socket,
+    Unavailable,
+    is_part,
+)
 from kvtransfer.transport.pool import Buffer, Pool
 
 log = logging.getLogger("braid.kvtransfer")
@@ -182,7 +191,8 @@ class NixlSender:
 
     def send(self, parcel: Parcel, digest: int) -> None:
         piece = parcel.piece
-        message = parcel.header(at=piece.at, skip=parcel.skip, heads=piece.shape[2], digest=digest)
+        where = {"at": piece.at, "skip": parcel.skip, "of": piece.count, "heads": piece.shape[2]}
+        message = parcel.header(**where, digest=digest)
         self._transport.socket.send_multipart([self._address, wire.encode(message)])
         self.unread += 1
         self._transport.sent()
@@ -429,9 +439,9 @@ def runs_of(nbytes: int, message: wire.Blocks, shape: wire.Shape, heads: tuple[i
     Raises:
         KvWireError: not inside it, or not as long as the message says.
     """
-    blocks, width = message.skip + message.count, heads[1] - heads[0]
+    blocks, width = message.of, heads[1] - heads[0]
     whole = shape.layers * blocks * shape.heads * shape.row_bytes
-    inside = 0 <= message.at <= nbytes - whole and message.skip >= 0 and message.count >= 1
+    inside = 0 <= message.at <= nbytes - whole and is_part(message)
     if not inside or message.heads != shape.heads:
         raise wire.KvWireError(f"{whole} bytes at {message.at} are not in the staging of {nbytes}")
     expected = shape.layers * message.count * width * shape.row_bytes

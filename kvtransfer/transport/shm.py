@@ -19,7 +19,7 @@ import zmq
 from kvtransfer import wire
 from kvtransfer.arena import Arena, ArenaRef, open_arena
 from kvtransfer.rows import Rows
-from kvtransfer.transport import Broken, Deliver, Parcel, Unavailable
+from kvtransfer.transport import Broken, Deliver, Parcel, Unavailable, is_part
 
 Socket = zmq.Socket[bytes]
 
@@ -58,7 +58,8 @@ class ShmSender:
 
     def send(self, parcel: Parcel, digest: int) -> None:
         piece = parcel.piece
-        message = parcel.header(at=piece.at, skip=parcel.skip, heads=piece.shape[2], digest=digest)
+        where = {"at": piece.at, "skip": parcel.skip, "of": piece.count, "heads": piece.shape[2]}
+        message = parcel.header(**where, digest=digest)
         self._socket.send_multipart([self._address, wire.encode(message)])
 
     def close(self) -> None:
@@ -136,9 +137,8 @@ def rows_at(
     Raises:
         KvWireError: they are not inside the memory, or not as many bytes as the message says.
     """
-    count = message.skip + message.count
-    nbytes = shape.layers * count * shape.heads * shape.row_bytes
-    inside = 0 <= message.at <= memory.nbytes - nbytes and message.skip >= 0 and message.count >= 1
+    nbytes = shape.layers * message.of * shape.heads * shape.row_bytes
+    inside = 0 <= message.at <= memory.nbytes - nbytes and is_part(message)
     if not inside or message.heads != shape.heads:
         raise wire.KvWireError(f"{nbytes} bytes at {message.at} are not in the arena of {memory.nbytes}")
     expected = shape.layers * message.count * (heads[1] - heads[0]) * shape.row_bytes
@@ -147,4 +147,4 @@ def rows_at(
     block = shape.heads * shape.row_bytes
     offset = message.at + message.skip * block + heads[0] * shape.row_bytes
     layout = (shape.layers, message.count, heads[1] - heads[0], shape.row_bytes)
-    return Rows(memory, address, offset, layout, count * block, block)
+    return Rows(memory, address, offset, layout, message.of * block, block)

@@ -47,9 +47,13 @@ class AnyOrder(RuleBasedStateMachine):
         self.arena.free(at * ALIGN, pages * ALIGN - less)
         del self.written[at * ALIGN]
 
+    @rule(pages=st.integers(0, PAGES))
+    def give_back(self, pages: int) -> None:
+        self.arena.give_back(pages * ALIGN)
+
     @rule()
-    def give_back(self) -> None:
-        self.arena.give_back()
+    def age(self) -> None:
+        self.arena.age()
 
     @invariant()
     def adds_up(self) -> None:
@@ -86,21 +90,41 @@ def filled(arena: Arena, nbytes: int) -> int:
 LARGE = 64 * mmap.PAGESIZE
 
 
+def aged(arena: Arena) -> int:
+    """Bytes given back at once after another while."""
+    arena.age()
+    return arena.give_back(4 * LARGE)
+
+
 def test_what_a_burst_touched_is_given_back_once_it_is_past() -> None:
     """Staging kept the most it ever held, on both sides of a transfer through shared memory."""
     arena = Arena(4 * LARGE)
     view = open_arena(arena.ref)
     small, large = filled(arena, mmap.PAGESIZE), filled(arena, LARGE)
-    assert arena.give_back() == 0, "it is handed out"
+    assert arena.give_back(4 * LARGE) == 0, "nothing has aged"
+    assert aged(arena) == 0, "it is handed out"
     arena.free(large, LARGE)
-    assert arena.give_back() == 0, "it was handed out since the last call: the next prompt may be as long"
+    assert aged(arena) == 0, "it was handed out since the last call: the next prompt may be as long"
     before = pages(arena)
-    assert arena.give_back() >= LARGE - mmap.PAGESIZE
+    assert aged(arena) >= LARGE - mmap.PAGESIZE
     assert pages(arena) <= before - LARGE + mmap.PAGESIZE
-    assert arena.give_back() == 0
+    assert aged(arena) == 0
     assert bytes(view[small : small + 4]) == b"xxxx"
     assert filled(arena, LARGE) == large
     assert view[large : large + LARGE] == b"x" * LARGE, "a peer sees what was written after it"
+    arena.close()
+
+
+def test_it_is_given_back_a_part_at_a_time_and_what_is_handed_out_meanwhile_stays() -> None:
+    arena = Arena(4 * LARGE)
+    arena.free(filled(arena, LARGE), LARGE)
+    for _ in range(2):
+        arena.age()
+    assert arena.give_back(mmap.PAGESIZE) == mmap.PAGESIZE
+    half = filled(arena, LARGE // 2)
+    while arena.give_back(mmap.PAGESIZE):
+        assert bytes(arena.memory[half : half + LARGE // 2]) == b"x" * (LARGE // 2)
+    assert LARGE // 2 <= pages(arena) <= LARGE // 2 + 2 * mmap.PAGESIZE
     arena.close()
 
 
@@ -108,7 +132,7 @@ def test_pages_that_a_device_has_stay() -> None:
     arena = Arena(LARGE)
     arena.hold_pages()
     arena.free(filled(arena, LARGE), LARGE)
-    assert arena.give_back() == arena.give_back() == 0
+    assert [aged(arena) for _ in range(3)] == [0, 0, 0]
     assert pages(arena) >= LARGE
     arena.close()
 

@@ -55,6 +55,7 @@ MESSAGES: list[st.SearchStrategy[wire.Data]] = [
         st.one_of(small, st.just(BLOCK_BYTES)),
         at=small,
         skip=small,
+        of=small,
         heads=small,
         digest=small.filter(lambda n: n >= 0),
     ),

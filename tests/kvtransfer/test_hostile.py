@@ -378,6 +378,41 @@ def test_a_subscription_ends_only_by_its_own_key_and_number(pair: Pair, stranger
     pair.p.settle()
 
 
+def test_subscriptions_of_a_peer_are_bounded(
+    pair: Pair, stranger: RawConsumer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvtransfer.producer.MAX_EARLY", 8)
+    for sub in range(1, 9):
+        stranger.subscribe(make_key(5 + sub % 2), sub, 1)
+    stranger.subscribe(make_key(5), 9, 1)
+    assert stranger.expect(wire.Refused) == wire.Refused(9, "overloaded")
+    assert pair.p.call(lambda: pair.p.end.table.early_subscribers) == 8
+    monkeypatch.setattr("kvtransfer.producer.MAX_SUBSCRIPTIONS", 9)
+    pair.p.open(KEY, 1, subscribers=3)
+    stranger.subscribe(KEY, 10, 1)
+    stranger.expect(wire.Manifest)
+    stranger.subscribe(KEY, 11, 1)
+    assert stranger.expect(wire.Refused) == wire.Refused(11, "overloaded")
+    many = tuple(wire.Want(0, 0, 1) for _ in range(100_000))
+    stranger.say(wire.Drop(KEY, 10))
+    stranger.subscribe(KEY, 12, 1, wants=many)
+    assert stranger.expect(wire.Refused) == wire.Refused(12, "bad_blocks")
+
+
+def test_a_connection_has_one_session_whatever_it_calls_itself(pair: Pair) -> None:
+    """Each cost a descriptor and was kept."""
+    stranger = RawConsumer(pair.endpoint, offers=("shm",))
+    try:
+        for number in range(20):
+            stranger.id = number.to_bytes(16, "big")
+            stranger.greet(1)
+            stranger.expect(wire.Welcome)
+        assert len(pair.p.call(lambda: list(pair.p.end._sessions))) == 1
+        pair.p.until(lambda: not pair.p.end._departed)
+    finally:
+        stranger.close()
+
+
 WRONG: list[dict[str, object]] = [
     {"wants": (wire.Want(0, first, count),)}
     for first, count in [(-(2**63), 1), (-1, 1), (2**63 - 1, 2**63 - 1), (0, 2), (0, 0), (0, -1)]

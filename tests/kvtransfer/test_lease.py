@@ -179,11 +179,11 @@ def test_a_subscription_is_fed_what_it_wants_once(table: LeaseTable[Piece]) -> N
     table.subscribe(KEYS[0], s)
     for piece in (Piece(0, 2), Piece(2, 4)):
         table.publish(KEYS[0], piece)
-    assert lease.next_parcels(s) == [(Piece(2, 4), 1)]
+    assert lease.next_parcels(s) == [(Piece(2, 4), 1, 1)]
     assert lease.next_parcels(s) == []
-    for piece in (Piece(4, 6), Piece(6, 8)):
+    for piece in (Piece(4, 7), Piece(7, 8)):
         table.publish(KEYS[0], piece)
-    assert lease.next_parcels(s) == [(Piece(4, 6), 0)]
+    assert lease.next_parcels(s) == [(Piece(4, 7), 0, 2)], "it wants up to block 6"
 
 
 def test_closing_is_idempotent_and_gives_the_room_back(table: LeaseTable[Piece]) -> None:

@@ -154,10 +154,10 @@ def make_piece() -> Piece:
 
 def test_a_whole_piece_has_one_frame_for_everybody_and_a_part_one_of_its_own() -> None:
     piece = make_piece()
-    whole = [Parcel(sub, piece, 0, (0, 2)).wrap() for sub in (1, 2)]
+    whole = [Parcel(sub, piece, 0, piece.count, (0, 2)).wrap() for sub in (1, 2)]
     assert whole[0] is whole[1] is piece.wrap()
     assert whole[0].bytes == piece.rows.numpy().tobytes()
-    part = Parcel(3, piece, 1, (1, 2))
+    part = Parcel(3, piece, 1, piece.count - 1, (1, 2))
     assert part.wrap() is not whole[0]
     assert part.wrap().bytes == piece.rows[:, 1:, 1:2].contiguous().numpy().tobytes()
     assert part.nbytes == len(part.wrap())

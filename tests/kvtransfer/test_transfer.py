@@ -270,13 +270,49 @@ def test_memory_that_is_being_filled_is_not_given_away(pair: Pair) -> None:
     pair.p.settle()
 
 
-def test_blocks_that_the_lease_lacks_can_not_be_staged(pair: Pair) -> None:
+@pytest.mark.parametrize(("first", "count"), [(-1, 1), (2, 1), (0, 3)])
+def test_blocks_that_the_lease_lacks_can_not_be_staged(pair: Pair, first: int, count: int) -> None:
     pair.p.open(KEY, 2)
-    for first, count in ((-1, 1), (2, 1), (0, 3)):
-        with pytest.raises(ValueError, match="not in the lease"):
-            pair.p.end.stage(KEY, 0, first, count, lambda run, out: None)
-    pair.p.call(lambda: pair.p.end.end(KEY, "cancelled"))
+    with pytest.raises(ValueError, match="not in the lease"):
+        pair.p.end.stage(KEY, 0, first, count, lambda run, out: None)
+    assert pair.p.events.expect(wire.Closed, KEY).reason == "copy_failed"
     pair.p.settle()
+
+
+def test_a_copy_that_raises_ends_its_lease_and_who_waits_is_told(pair: Pair) -> None:
+    """What followed had a gap before it, and consumers waited for it to their deadline."""
+
+    def fill(run: range, out: torch.Tensor) -> None:
+        raise MemoryError("no room for the copy")
+
+    pair.p.open(KEY, 3)
+    pair.p.publish(KEY, 0, [1])
+    pair.d.load(KEY, pair.endpoint, (1, 2, 3))
+    pair.p.until(lambda: bool(pair.p.end.table.held[KEY].subscribers))
+    with pytest.raises(MemoryError):
+        pair.p.end.stage(KEY, 0, 1, 1, fill)
+    assert pair.d.events.expect(wire.Failed, KEY).reason == "copy_failed"
+    assert pair.p.events.expect(wire.Closed, KEY).reason == "copy_failed"
+    assert not pair.p.publish(KEY, 2, [3])
+    pair.p.settle()
+
+
+@pytest.mark.stretched
+@pytest.mark.parametrize(("name", "lanes"), TRANSPORTS)
+@pytest.mark.parametrize(("first", "count"), [(0, 3), (2, 3), (5, 3), (3, 1)])
+def test_a_load_of_some_blocks_takes_those_out_of_the_pieces_they_are_in(
+    make_pair: MakePair, name: str, lanes: int, first: int, count: int
+) -> None:
+    """One that did not want a piece's last blocks was refused; a resumed load may not."""
+    pair = make_pair(transports=[name], lanes=lanes, piece_bytes=4 * BLOCK_BYTES)
+    pair.p.open(KEY, 8)
+    pair.p.publish(KEY, 0, [1, 2, 3, 4, 5, 6, 7, 8])
+    ours = tuple(range(1, 1 + count))
+    pair.d.load(KEY, pair.endpoint, ours, first=first, tokens=32)
+    assert pair.d.events.expect(wire.Loaded, KEY).nbytes == count * BLOCK_BYTES
+    theirs = list(range(1 + first, 1 + first + count))
+    assert same(pair.p.cache, theirs, pair.d.cache, list(ours))
+    assert not contents(pair.d.cache)[:, count + 1 :].any()
 
 
 def test_a_lease_that_nobody_fetches_expires(make_pair: MakePair) -> None:
@@ -383,3 +419,19 @@ def test_staging_that_a_burst_used_goes_back_to_the_kernel(
         pair.p.until(lambda: staged() < 1 << 18)
         for layer in pair.d.cache.tensors[0]:
             layer.zero_()
+
+
+def test_staging_that_the_kernel_does_not_take_stays(
+    make_pair: MakePair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvtransfer.producer.GIVE_BACK_S", 0.0)
+    pair = make_pair(capacity=1 << 20)
+    tried = []
+
+    def refuse(most: int) -> int:
+        tried.append(most)
+        raise OSError("locked")
+
+    monkeypatch.setattr(pair.p.arena, "give_back", refuse)
+    pair.p.until(lambda: pair.p.arena._held)
+    assert tried

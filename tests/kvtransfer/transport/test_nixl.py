@@ -145,7 +145,9 @@ def test_runs_are_the_rows_in_their_order(skip: int, heads: tuple[int, int]) -> 
     at, blocks = 100, 5
     count, width = blocks - skip, heads[1] - heads[0]
     rows = memory[at : at + 3 * blocks * 4 * 8].view(3, blocks, 4, 8)[:, skip:, heads[0] : heads[1]]
-    message = wire.Blocks(1, 0, skip, count, 3 * count * width * 8, at=at, skip=skip, heads=4)
+    message = wire.Blocks(
+        1, 0, skip, count, 3 * count * width * 8, at=at, skip=skip, of=skip + count, heads=4
+    )
     runs = runs_of(len(memory), message, SHAPE, heads)
     found = np.concatenate([memory.numpy()[a : a + runs.nbytes] for a in runs.at])
     assert np.array_equal(found, rows.contiguous().view(-1).numpy())

@@ -125,6 +125,9 @@ def test_a_load_goes_by_zmq_where_the_arena_can_not_be_opened(
         {"at": (1 << 16) + arena.ALIGN - 2 * SHAPES[0].block_bytes + 1},
         {"skip": 2**40, "at": 0},
         {"skip": -1},
+        {"skip": 1},
+        {"of": 1},
+        {"of": 2**40},
         {"heads": 1},
         {"heads": 0},
         {"nbytes": 0},
@@ -141,7 +144,7 @@ def test_blocks_that_do_not_fit_the_arena_end_the_load_and_write_nothing(
     raw.welcome("shm", msgspec.msgpack.encode(memory.ref))
     sub = raw.expect(wire.Subscribe).sub
     raw.say(wire.Manifest(sub, EPOCH, 8, b"chain", "fp", SHAPES))
-    honest = wire.Blocks(sub, 0, 0, 2, 2 * SHAPES[0].block_bytes, at=4096, heads=SHAPES[0].heads)
+    honest = wire.Blocks(sub, 0, 0, 2, 2 * SHAPES[0].block_bytes, at=4096, of=2, heads=SHAPES[0].heads)
     raw.say(msgspec.structs.replace(honest, **changes))
     assert d.events.expect(wire.Failed, KEY).reason == "wrong_length"
     assert (contents(d.cache) == before).all()
