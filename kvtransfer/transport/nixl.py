@@ -52,6 +52,12 @@ GRACE_S = 5.0
 """A read that goes on this long after its session has ended is given up, and so is its buffer."""
 
 
+STUCK_S = 1.0
+"""Period in which reads that were given up are looked at."""
+_MAX_BYTES = 2**62
+"""Offsets beyond are no addresses."""
+
+
 class Offer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``metadata``: of the consumer's agent."""
 
@@ -323,6 +329,8 @@ class NixlReceiver:
                 return
             buffer = self._transport.pool.take(message.nbytes, self.pump)
             if buffer is None:
+                if self._transport.stuck and not self._transport.transfers:
+                    self.fail("reads of peers that stand still hold all buffers")
                 return
             self._waiting.popleft()
             try:
@@ -358,6 +366,7 @@ class NixlConsumer:
     Attributes:
         transfers: reads in flight, also those whose session has ended: until they have too their buffers
             are not used again.
+        stuck: of these the ones that were given up; looked at now and then, as their peer may go on.
     """
 
     name = "nixl"
@@ -368,8 +377,9 @@ class NixlConsumer:
         self.agent = Agent(self.pool.memory)
         self.transfers: list[_Transfer] = []
         self._leaving: list[NixlReceiver] = []
-        self._lost: list[Buffer] = []
+        self.stuck: list[_Transfer] = []
         self._linger_until = 0.0
+        self._look_at = 0.0
         side.loop.every_turn(self._poll)
 
     def offer(self) -> bytes:
@@ -405,6 +415,9 @@ class NixlConsumer:
     def _poll(self) -> bool:
         for transfer in list(self.transfers):
             self._look_after(transfer, self.agent.state(transfer.handle))
+        if self.stuck and time.monotonic() >= self._look_at:
+            self._look_at = time.monotonic() + STUCK_S
+            self._look_after_stuck()
         if self._leaving:
             self._let_go()
         if self.transfers:
@@ -423,7 +436,12 @@ class NixlConsumer:
         elif transfer.until and transfer.until < time.monotonic():
             self.transfers.remove(transfer)
             log.warning("kv_nixl_read_given_up", extra={"detail": f"{transfer.message.nbytes} bytes"})
-            self._lost.append(transfer.buffer)  # it may still be written
+            self.stuck.append(transfer)  # its buffer may still be written
+
+    def _look_after_stuck(self) -> None:
+        for transfer in [t for t in self.stuck if self.agent.state(t.handle) != "PROC"]:
+            self.stuck.remove(transfer)
+            self.agent.release(transfer.handle)
 
     def _let_go(self) -> None:
         reading = {id(transfer.receiver) for transfer in self.transfers}
@@ -441,7 +459,7 @@ def runs_of(nbytes: int, message: wire.Blocks, shape: wire.Shape, heads: tuple[i
     """
     blocks, width = message.of, heads[1] - heads[0]
     whole = shape.layers * blocks * shape.heads * shape.row_bytes
-    inside = 0 <= message.at <= nbytes - whole and is_part(message)
+    inside = 0 <= message.at <= min(nbytes, _MAX_BYTES) - whole and is_part(message)
     if not inside or message.heads != shape.heads:
         raise wire.KvWireError(f"{whole} bytes at {message.at} are not in the staging of {nbytes}")
     expected = shape.layers * message.count * width * shape.row_bytes
