@@ -279,7 +279,9 @@ class PrefillSettings(WorkerSettings):
     kv_bind: str = Field("tcp://127.0.0.1:*", description="ZMQ endpoint KV is served on, one a rank")
     kv_advertise: str = Field("", description="host that decode workers reach kv_bind on")
     staging_bytes: int = Field(512 * 1024 * 1024, gt=0, description="host memory for KV to hand over")
-    lease_s: float = Field(30.0, gt=0, description="how long KV is held for a decode worker not heard of")
+    lease_s: float = Field(
+        30.0, ge=5, description="how long KV is held for a decode worker not heard of; it says so every 2 s"
+    )
     kv_piece_bytes: int = Field(
         1024 * 1024, gt=0, le=32 * 1024 * 1024, description="KV sent at a time (one block at least)"
     )

@@ -7,7 +7,7 @@ of an import (:mod:`.imports`), outside of any step; a sample only asks for the 
 
 Each role's state is in :mod:`.scheduler` and :mod:`.worker`. Hooks about a request are wrapped: an exception
 costs the request its transfer, never the engine. What would give a wrong token if it were passed over is not:
-the copy of a tail block (``start_load_kv``).
+the copy of a tail block (``update_state_after_alloc``, ``start_load_kv``).
 """
 
 from __future__ import annotations
@@ -130,7 +130,6 @@ class BraidConnector(KVConnectorBase_V1, SupportsHMA):
         assert self._scheduler is not None
         return self._scheduler.matched(request, num_computed_tokens)
 
-    @_contained(lambda: None)
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         assert self._scheduler is not None
         self._scheduler.allocated(request, blocks, num_external_tokens)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from kvtransfer import wire
 from kvtransfer.plan import Blocking
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # importing vLLM can take minutes on a busy machine
@@ -175,22 +176,32 @@ def test_hooks_that_fail_cost_the_transfer_not_the_engine(
     connector = _connector(steps.side)
     with caplog.at_level(logging.ERROR, "braid.kvtransfer"):
         assert connector.get_num_new_matched_tokens(None, 0) == (0, False)
-        connector.update_state_after_alloc(None, None, 1)
         assert connector.build_connector_meta(None) == StepMeta()
         assert connector.request_finished_all_groups(None, ()) == (False, None)
-    assert [r.getMessage() for r in caplog.records] == ["kv_hook_failed"] * 4
+    assert [r.getMessage() for r in caplog.records] == ["kv_hook_failed"] * 3
+
+
+def test_a_tail_copy_that_cannot_be_planned_is_not_passed_over(steps: FakeSteps) -> None:
+    """The engine counts those tokens as computed: without their KV it would go on to wrong tokens."""
+    with pytest.raises(AttributeError):
+        _connector(steps.side).update_state_after_alloc(None, None, 1)
 
 
 def test_a_worker_whose_save_fails_goes_on(steps: FakeSteps) -> None:
     from kvtransfer.adapter.scheduler import StepMeta
 
-    def save(*args: Any) -> None:
-        raise RuntimeError
+    saved = []
+
+    def save(key: wire.Key, *args: Any) -> None:
+        if key.attempt == 1:
+            raise RuntimeError
+        saved.append(key)
 
     connector = _connector(steps.side)
     connector._worker = SimpleNamespace(save=save)  # type: ignore[assignment]
-    connector._connector_metadata = StepMeta(saves=[((b"", 1, 0), 0, 0, [1])])
+    connector._connector_metadata = StepMeta(saves=[((b"", n, 0), 0, 0, [1]) for n in (1, 2)])
     connector.wait_for_save()
+    assert saved == [wire.Key(b"", 2)], "the other prompt's blocks are its own"
 
 
 def make(monkeypatch: pytest.MonkeyPatch, side: str = "SCHEDULER", specs: Any = None, **changes: Any) -> Any:
@@ -426,7 +437,6 @@ def worker(block_size: int) -> tuple[Any, list[Any], list[FakeConsumer]]:
 
 
 def load(block_size: int, number: int = 1) -> Any:
-    from kvtransfer import wire
 
     key = wire.Key(bytes([number]) * 16, 1)
     return wire.Load(key, (), "fp", 40, b"", (wire.Span(0, 0, (4, 5)),), 1.0, block_size)
@@ -440,7 +450,6 @@ def test_blocks_of_our_size_are_loaded_as_they_are(ours: int, theirs: int) -> No
 
 
 def test_blocks_of_each_other_size_have_a_consumer_of_their_own() -> None:
-    from kvtransfer import wire
 
     side, events, made = worker(32)
     for number, theirs in enumerate((64, 16, 64)):
@@ -457,7 +466,6 @@ def test_blocks_of_each_other_size_have_a_consumer_of_their_own() -> None:
 
 
 def test_an_unload_finds_the_consumer_that_loads() -> None:
-    from kvtransfer import wire
 
     side, _, made = worker(32)
     command, other = load(64), load(32, 2)
@@ -469,7 +477,6 @@ def test_an_unload_finds_the_consumer_that_loads() -> None:
 
 
 def test_a_load_that_is_in_flight_already_fails() -> None:
-    from kvtransfer import wire
 
     side, events, _ = worker(32)
     side._command(load(64))
