@@ -21,6 +21,7 @@ from kvtransfer.cache import Cache
 from kvtransfer.codec import Codec
 from kvtransfer.digest import digest
 from kvtransfer.fence import Waiter
+from kvtransfer.loads import Load, Part
 from kvtransfer.loop import Loop
 from kvtransfer.rows import as_tensor
 from kvtransfer.sockets import receive_frames, set_heartbeat
@@ -58,65 +59,6 @@ _EVENTS = (
 
 class _Refusal(Exception):
     """The producer's side of a load is not what was asked for; the load fails with this reason."""
-
-
-@dataclass(slots=True)
-class _Part:
-    """What a load gets from one source.
-
-    Attributes:
-        sub: number of its subscription, 0 while it has none.
-        missing: by group, the blocks not yet written.
-        targets: by group, its first block and where its blocks go.
-        due: by group, of those the subscription covers, the blocks not yet announced.
-        early: messages that came before the manifest (on another lane); ``early_bytes`` of payload.
-        retries: times its connection was lost.
-    """
-
-    load: _Load
-    source: wire.Source
-    missing: dict[int, set[int]]
-    targets: dict[int, tuple[int, Target]]
-    sub: int = 0
-    due: dict[int, set[int]] = field(default_factory=dict)
-    manifest: wire.Manifest | None = None
-    early: list[tuple[wire.Blocks, list[zmq.Frame]]] = field(default_factory=list)
-    early_bytes: int = 0
-    retries: int = 0
-
-    @property
-    def heads(self) -> tuple[int, int]:
-        return self.source.first, self.source.last
-
-    @property
-    def complete(self) -> bool:
-        return self.manifest is not None and not any(self.missing.values())
-
-    def wants(self) -> tuple[wire.Want, ...]:
-        """The smallest runs that cover what is missing."""
-        runs = ((g, min(m), max(m) + 1) for g, m in self.missing.items() if m)
-        return tuple(wire.Want(group, first, last - first) for group, first, last in runs)
-
-
-@dataclass(slots=True)
-class _Load:
-    """A load in flight. ``writing``: copies into the cache that have not passed their fence."""
-
-    spec: wire.Load
-    started: float
-    deadline: float
-    parts: list[_Part] = field(default_factory=list)
-    first_at: float = 0.0
-    scatter_s: float = 0.0
-    nbytes: int = 0
-    transport: str = ""
-    writing: int = 0
-    failed: str = ""
-
-    @property
-    def retries(self) -> int:
-        """Times it was resumed: of several connections the one that was lost most often."""
-        return max(part.retries for part in self.parts)
 
 
 @dataclass(slots=True)
@@ -178,9 +120,9 @@ class Consumer:
         self._waiter = Waiter(loop, "braid-kv-fence")
         self._sessions = itertools.count(1)
         self._subs = itertools.count(1)
-        self._loads: dict[wire.Key, _Load] = {}
+        self._loads: dict[wire.Key, Load] = {}
         self._holds: dict[wire.Key, tuple[str, ...]] = {}
-        self._parts: dict[int, _Part] = {}
+        self._parts: dict[int, Part] = {}
         self._peers: dict[str, _Peer] = {}
         self._alive_due = 0.0
         loop.every_tick(self._tick)
@@ -191,11 +133,11 @@ class Consumer:
             self._emit(wire.Failed(spec.key, "duplicate" if spec.key in self._loads else "bad_blocks"))
             return
         now = time.monotonic()
-        load = _Load(spec, now, now + spec.deadline_s)
+        load = Load(spec, now, now + spec.deadline_s)
         self._loads[spec.key] = load
         for source in spec.sources:
             missing = {s.group: set(range(s.first, s.first + len(s.block_ids))) for s in spec.spans}
-            load.parts.append(_Part(load, source, missing, self._targets(spec, source)))
+            load.parts.append(Part(load, source, missing, self._targets(spec, source)))
         for part in load.parts:
             peer = self._peer(part.source.endpoint)
             if peer.up:
@@ -358,7 +300,7 @@ class Consumer:
             if load.retries > MAX_RETRIES:
                 self._fail(load, "disconnected")
 
-    def _loads_from(self, endpoint: str) -> list[_Load]:
+    def _loads_from(self, endpoint: str) -> list[Load]:
         """Loads that still wait for something from a producer."""
         return [
             load
@@ -452,7 +394,7 @@ class Consumer:
         elif peer.up:
             self._greet(peer)
 
-    def _answered(self, peer: _Peer, part: _Part, message: wire.Manifest | wire.Refused) -> None:
+    def _answered(self, peer: _Peer, part: Part, message: wire.Manifest | wire.Refused) -> None:
         try:
             if isinstance(message, wire.Refused):
                 raise _Refusal(message.reason)
@@ -468,7 +410,7 @@ class Consumer:
         self._finish_part(peer, part)
         self._finish(part.load)
 
-    def _check(self, part: _Part, manifest: wire.Manifest) -> None:
+    def _check(self, part: Part, manifest: wire.Manifest) -> None:
         """The producer attests what it will send; anything else than what we asked for is refused."""
         spec = part.load.spec
         expected = {
@@ -483,7 +425,7 @@ class Consumer:
                 log.error("kv_manifest_refused", extra={"reason": reason, "security": True})
                 raise _Refusal(reason)
 
-    def _same_shapes(self, part: _Part, manifest: wire.Manifest) -> bool:
+    def _same_shapes(self, part: Part, manifest: wire.Manifest) -> bool:
         codec = self._codecs.get(manifest.codec)
         if len(manifest.shapes) != len(self._cache.shapes):
             return False
@@ -510,7 +452,7 @@ class Consumer:
         else:
             self._take(peer, part, message, frames)
 
-    def _take(self, peer: _Peer, part: _Part, message: wire.Blocks, frames: list[zmq.Frame]) -> None:
+    def _take(self, peer: _Peer, part: Part, message: wire.Blocks, frames: list[zmq.Frame]) -> None:
         """Have the transport get a payload that is one of those wanted."""
         assert part.manifest is not None
         try:
@@ -554,7 +496,7 @@ class Consumer:
             load.writing += 1
             self._waiter.after(fence, partial(self._fenced, peer, part, message, now))
 
-    def _fenced(self, peer: _Peer, part: _Part, message: wire.Blocks, since: float, well: bool) -> None:
+    def _fenced(self, peer: _Peer, part: Part, message: wire.Blocks, since: float, well: bool) -> None:
         load = part.load
         load.writing -= 1
         load.scatter_s += time.monotonic() - since
@@ -565,7 +507,7 @@ class Consumer:
         else:
             self._fail(load, "copy_failed")
 
-    def _wrote(self, peer: _Peer, part: _Part, message: wire.Blocks) -> None:
+    def _wrote(self, peer: _Peer, part: Part, message: wire.Blocks) -> None:
         if time.monotonic() >= part.load.deadline:  # the producer may have used the memory meanwhile
             self._fail(part.load, "timeout")
             return
@@ -581,7 +523,7 @@ class Consumer:
 
     # --- loads ---
 
-    def _subscribe(self, peer: _Peer, part: _Part) -> None:
+    def _subscribe(self, peer: _Peer, part: Part) -> None:
         load = part.load
         part.sub = next(self._subs)
         self._parts[part.sub] = part
@@ -590,7 +532,7 @@ class Consumer:
         left = max(0.0, load.deadline - time.monotonic())
         self._send(peer, wire.Subscribe(load.spec.key, part.sub, part.source.epoch, wants, part.heads, left))
 
-    def _finish_part(self, peer: _Peer, part: _Part) -> None:
+    def _finish_part(self, peer: _Peer, part: Part) -> None:
         if part.sub not in self._parts or not part.complete:
             return
         del self._parts[part.sub]
@@ -598,7 +540,7 @@ class Consumer:
         self._finish(part.load)  # first, as somebody waits for it
         self._send(self._peer(part.source.endpoint), wire.Done(part.load.spec.key, part.sub))
 
-    def _finish(self, load: _Load) -> None:
+    def _finish(self, load: Load) -> None:
         """End a load that has everything. A block may be on its way into the cache a second time."""
         known = self._loads.get(load.spec.key) is load
         if known and not load.failed and not load.writing and all(p.complete for p in load.parts):
@@ -619,7 +561,7 @@ class Consumer:
                 )
             )
 
-    def _fail(self, load: _Load, reason: str) -> None:
+    def _fail(self, load: Load, reason: str) -> None:
         """End a load. While copies into the cache run, ``Failed`` waits for them."""
         if load.failed:
             return
@@ -629,7 +571,7 @@ class Consumer:
                 self._send(self._peer(part.source.endpoint), wire.Drop(load.spec.key, part.sub))
         self._emit_failed(load)
 
-    def _emit_failed(self, load: _Load) -> None:
+    def _emit_failed(self, load: Load) -> None:
         if load.writing == 0:
             del self._loads[load.spec.key]
             self._emit(wire.Failed(load.spec.key, load.failed))
