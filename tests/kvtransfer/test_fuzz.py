@@ -142,8 +142,8 @@ def test_a_live_consumer_survives(pair: Pair) -> None:
         nonlocal loads
         loads += 1
         key = wire.Key(KEY.id, loads)
-        while not pair.d.call(lambda: pair.d.end._peers[raw.endpoint].up):
-            raw.answer_greetings()  # what was thrown before has ended the session
+        while not pair.d.call(lambda: pair.d.end._peer(raw.endpoint).up):
+            raw.answer_greetings()  # what was thrown before has ended the session, or the connection
         pair.d.end._subs = iter(range(1, 5))  # type: ignore[assignment]
         pair.d.load(key, raw.endpoint, OURS)
         for frame, payload in frames:
