@@ -323,7 +323,7 @@ def test_who_comes_after_a_lease_has_ended_is_told_so_at_once(make_pair: MakePai
     pair = make_pair(lease_s=1000.0)
     pair.p.open(KEY, 1)
     pair.p.call(lambda: pair.p.end.end(KEY, reason))
-    pair.d.load(KEY, pair.endpoint, (1,), deadline_s=1000.0)
+    pair.d.load(KEY, pair.endpoint, (1,), deadline_s=500.0)
     assert pair.d.events.expect(wire.Failed, KEY).reason == reason
     pair.p.settle()
 
