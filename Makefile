@@ -26,7 +26,7 @@ check: install ## the one gate before a commit: format, lint, types, fast tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q -m "$(FAST)"
+	$(BIN)/python -m pytest -q -m "$(FAST)" -n 2 --dist loadfile
 
 fmt: install ## format the code and apply safe fixes
 	$(BIN)/ruff format .
