@@ -72,6 +72,14 @@ class System:
                 found[name] = (await self.client.get(worker["http"] + "/stats")).json()
         return found
 
+    async def answer(self) -> bool:
+        """Whether every worker that the router takes for ready answers: it may not have missed one yet."""
+        try:
+            await self.stats()
+        except httpx.TransportError:
+            return False
+        return True
+
     async def metric(self, worker: str, name: str) -> float:
         """Sum of a counter of a worker over its labels; ``name`` may carry labels as text."""
         http = (await self.workers())[worker]["http"]
@@ -113,7 +121,7 @@ class System:
             state = (await self.client.get("/cluster")).json()
             ready = {w["worker"] for w in state["workers"] if w["state"] == "ready"}
             paired = {p["decode"] for p in state["pairs"] if p["verified"]}
-            return ready == wanted and set(names) <= paired
+            return ready == wanted and set(names) <= paired and await self.answer()
 
         await self.until(there, 240)
 
