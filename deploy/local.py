@@ -27,6 +27,7 @@ from pydantic import Field, model_validator
 
 from braid.settings import Names, ProcessSettings
 from deploy.guard import Guard
+from deploy.logs import advice, first_error, last_lines
 from deploy.placement import Hardware, Seat, decode_workers, seats
 
 Role = Literal["router", "prefill", "decode", "sim"]
@@ -151,6 +152,7 @@ class Cluster:
         self._hardware = hardware or Hardware.here()
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._plans: dict[str, Plan] = {}
+        self._logged: dict[str, int] = {}  # bytes of each log when its process was started last
         self._lock: IO[str] | None = None
         self._guard: Guard | None = None
 
@@ -278,7 +280,7 @@ class Cluster:
     def check_alive(self) -> None:
         """Raise :class:`ClusterError` with the end of its log if a process has ended."""
         for name, code in self.ended().items():
-            raise ClusterError(f"{describe_end(name, code)}\n{self.tail(name)}\n{advice(self.tail(name))}")
+            raise ClusterError(f"{self.describe_end(name, code)}\n{advice(self._end_of_log(name))}")
 
     def respawn(self, name: str) -> None:
         """Start a process that has ended again, as it was; its log goes on."""
@@ -286,9 +288,22 @@ class Cluster:
         self._spawn(self._plans[name])
         self._write_state()
 
+    def describe_end(self, name: str, code: int) -> str:
+        """How a process ended, in words, with the error that began it and the end of its log."""
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        error = first_error(self._end_of_log(name))
+        return f"{name} {how}{error and ': '}{error}. Its log ends with:\n{self.tail(name)}"
+
     def tail(self, name: str, lines: int = 15) -> str:
         """The last lines of a process's log."""
-        return "\n".join(f"  {line}" for line in last_lines(Path(self.children[name].log), lines))
+        return "\n".join(f"  {line}" for line in last_lines(self._log(name), lines))
+
+    def _end_of_log(self, name: str) -> list[str]:
+        """What a process has logged since it was started last, of a long log its end."""
+        return last_lines(self._log(name), 1000, self._logged[name])
+
+    def _log(self, name: str) -> Path:
+        return Path(self.children[name].log)
 
     def stop(self, grace_s: float | None = None) -> None:
         """End every process: the router drains first, so that no request loses its worker.
@@ -399,6 +414,7 @@ class Cluster:
         self._plans[plan.name] = plan
         child = Path(__file__).with_name("child.py")
         with log.open(mode) as output:
+            self._logged[plan.name] = output.tell()
             process = subprocess.Popen(
                 [sys.executable, "-I", "-S", str(child), str(os.getpid()), str(plan.nice), *plan.argv],
                 stdin=subprocess.DEVNULL,
@@ -509,31 +525,3 @@ def check_port(host: str, port: int) -> None:
                 f"port {port} on {host} can't be used ({error.strerror}): "
                 "stop what uses it, or choose another one with --port"
             ) from None
-
-
-def last_lines(path: Path, count: int) -> list[str]:
-    """The last lines of a file, without reading all of a large one."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - 400 * count))
-            return file.read().decode(errors="replace").splitlines()[-count:]
-    except FileNotFoundError:
-        return []
-
-
-def describe_end(name: str, code: int) -> str:
-    """How a process ended, in words."""
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    return f"{name} {how}. Its log ends with:"
-
-
-def advice(log: str) -> str:
-    """What to do about the end of a log."""
-    for pattern, text in (
-        ("No module named 'vllm'", "The engine is not installed: run `make install`."),
-        ("ddress already in use", "A port is taken: stop what uses it, or choose another one with --port."),
-        ("memory", "If memory is short, free some, or start the fewest engines: --decode 1."),
-    ):
-        if pattern in log:
-            return text
-    return "`braid doctor` checks the installation."

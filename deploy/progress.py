@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from deploy.local import Cluster, last_lines, registered
+from deploy.local import Cluster, registered
+from deploy.logs import last_lines
 
 QUIET_S = 10.0
 """Longest silence where there is no terminal."""

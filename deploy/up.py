@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from deploy.local import POLL_S, Cluster, ClusterError, UpSettings, describe_end
+from deploy.local import POLL_S, Cluster, ClusterError, UpSettings
 from deploy.progress import Progress
 
 
@@ -85,7 +85,7 @@ class Supervisor:
         """
         for name, code in self._cluster.ended().items():
             if name == "router":
-                raise ClusterError(f"{describe_end(name, code)}\n{self._cluster.tail(name)}")
+                raise ClusterError(self._cluster.describe_end(name, code))
             if name not in self._due:
                 self._plan(name, code, now)
             elif now >= self._due[name]:
@@ -98,7 +98,7 @@ class Supervisor:
         delay = self.FIRST_S if lived > self.MOST_S else min(2 * self._delay[name], self.MOST_S)
         self._delay[name] = delay
         self._due[name] = now + delay
-        print(f"{describe_end(name, code)}\n{self._cluster.tail(name)}", file=sys.stderr)
+        print(self._cluster.describe_end(name, code), file=sys.stderr)
         print(f"It starts again in {delay:.0f} s; the others go on serving.", file=sys.stderr, flush=True)
 
 

@@ -47,6 +47,14 @@ class Shape:
         """Fewest cores that its engines start on."""
         return max(self.prefill_ranks, self.decode_ranks)
 
+    def lacks(self) -> str:
+        """What this machine is short of to run it; empty if nothing."""
+        if len(os.sched_getaffinity(0)) < self.cores:
+            return f"its engines need {self.cores} cores"
+        if "fp8" in (*self.prefill, *self.decode) and "avx512f" not in Path("/proc/cpuinfo").read_text():
+            return "vLLM's fp8 KV cache on a CPU needs AVX-512"
+        return ""
+
 
 class ShapeCluster(Cluster):
     """``braid up`` with flags and variables of their own for each role."""

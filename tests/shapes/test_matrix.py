@@ -63,8 +63,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def model(shape: Shape, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if len(os.sched_getaffinity(0)) < shape.cores:
-        pytest.skip(f"its engines need {shape.cores} cores")
+    if lacks := shape.lacks():
+        pytest.skip(lacks)
     name = shape.model.__name__
     if name not in folders:
         folders[name] = models.make(shape.model, tmp_path_factory.mktemp("models") / name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -49,8 +48,8 @@ def test_a_model_whose_prompts_cannot_be_shared_is_refused_at_start(
 def test_workers_that_do_not_fit_are_not_paired_and_decode_computes_prompts_itself(
     shape: Shape, reason: str, tmp_path: Path
 ) -> None:
-    if len(os.sched_getaffinity(0)) < shape.cores:
-        pytest.skip(f"its engines need {shape.cores} cores")
+    if lacks := shape.lacks():
+        pytest.skip(lacks)
     model = models.make(shape.model, tmp_path / "model")
     with (
         ShapeCluster(shape, model, tmp_path / "run") as cluster,
