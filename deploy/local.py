@@ -280,7 +280,8 @@ class Cluster:
     def check_alive(self) -> None:
         """Raise :class:`ClusterError` with the end of its log if a process has ended."""
         for name, code in self.ended().items():
-            raise ClusterError(f"{self.describe_end(name, code)}\n{advice(self._end_of_log(name))}")
+            end = self.describe_end(name, code)
+            raise ClusterError(f"{end}\n{advice(end)}")
 
     def respawn(self, name: str) -> None:
         """Start a process that has ended again, as it was; its log goes on."""
@@ -291,16 +292,12 @@ class Cluster:
     def describe_end(self, name: str, code: int) -> str:
         """How a process ended, in words, with the error that began it and the end of its log."""
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        error = first_error(self._end_of_log(name))
+        error = first_error(last_lines(self._log(name), 1000, self._logged[name]))
         return f"{name} {how}{error and ': '}{error}. Its log ends with:\n{self.tail(name)}"
 
     def tail(self, name: str, lines: int = 15) -> str:
         """The last lines of a process's log."""
         return "\n".join(f"  {line}" for line in last_lines(self._log(name), lines))
-
-    def _end_of_log(self, name: str) -> list[str]:
-        """What a process has logged since it was started last, of a long log its end."""
-        return last_lines(self._log(name), 1000, self._logged[name])
 
     def _log(self, name: str) -> Path:
         return Path(self.children[name].log)

@@ -27,9 +27,8 @@ def first_error(lines: Iterable[str]) -> str:
     return next((found[1].rstrip(".") for line in lines if (found := ERROR.search(line))), "")
 
 
-def advice(lines: Iterable[str]) -> str:
-    """What to do about a log of a process that has ended."""
-    log = "\n".join(lines)
+def advice(end: str) -> str:
+    """What to do about the error and the last lines of a process that has ended."""
     for pattern, text in (
         ("No module named 'vllm'", "The engine is not installed: run `make install`."),
         ("ddress already in use", "A port is taken: stop what uses it, or choose another one with --port."),
@@ -42,6 +41,6 @@ def advice(lines: Iterable[str]) -> str:
             "Memory is short: free some, or start the fewest engines: --decode 1.",
         ),
     ):
-        if re.search(pattern, log):
+        if re.search(pattern, end):
             return text
     return "`braid doctor` checks the installation."

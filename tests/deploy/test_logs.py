@@ -23,7 +23,7 @@ resource_tracker.py:254: UserWarning: resource_tracker: There appear to be 1 lea
 
 
 def test_the_first_error_of_a_log_is_the_cause() -> None:
-    assert first_error(FP8) == ("NotImplementedError: FP8 KV cache on CPU requires x86 with AVX-512 or AMX")
+    assert first_error(FP8) == "NotImplementedError: FP8 KV cache on CPU requires x86 with AVX-512 or AMX"
     assert first_error(["zmq.error.ZMQError: Address already in use (addr='tcp://*:1')"]).startswith(
         "zmq.error"
     )
@@ -31,21 +31,21 @@ def test_the_first_error_of_a_log_is_the_cause() -> None:
 
 
 @pytest.mark.parametrize(
-    ("log", "wanted"),
+    ("end", "wanted"),
     [
-        (FP8, "kv-cache-dtype"),
-        (FP8[-3:], "braid doctor"),
+        ("\n".join(FP8), "kv-cache-dtype"),
+        ("\n".join(FP8[-3:]), "braid doctor"),
         (
-            ["ValueError: Available memory on node 0 (1.0/2.0 GiB) on startup is less than desired"],
+            "ValueError: Available memory on node 0 (1.0/2.0 GiB) on startup is less than desired",
             "--decode 1",
         ),
-        (["OSError: [Errno 12] Cannot allocate memory"], "--decode 1"),
-        (["OSError: [Errno 98] Address already in use"], "--port"),
-        (["ModuleNotFoundError: No module named 'vllm'"], "make install"),
+        ("OSError: [Errno 12] Cannot allocate memory", "--decode 1"),
+        ("OSError: [Errno 98] Address already in use", "--port"),
+        ("ModuleNotFoundError: No module named 'vllm'", "make install"),
     ],
 )
-def test_the_advice_fits_the_log(log: list[str], wanted: str) -> None:
-    assert wanted in advice(log)
+def test_the_advice_fits_the_end(end: str, wanted: str) -> None:
+    assert wanted in advice(end)
 
 
 def test_lines_of_an_earlier_life_are_left_out(tmp_path: Path) -> None:

@@ -28,8 +28,11 @@ print(*sys.modules)
 """
 
 
+Imports = Callable[[], tuple[float, set[str]]]
+
+
 @pytest.fixture(scope="module")
-def imports(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], tuple[float, set[str]]]:
+def imports(tmp_path_factory: pytest.TempPathFactory) -> Imports:
     """CPU seconds that importing the compiled router takes, and what is loaded by it."""
     environment = os.environ | {"PYTHONPYCACHEPREFIX": str(tmp_path_factory.mktemp("compiled"))}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -44,11 +47,11 @@ def imports(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], tuple[floa
     return measure
 
 
-def test_the_router_imports_no_engine(imports: Callable[[], tuple[float, set[str]]]) -> None:
+def test_the_router_imports_no_engine(imports: Imports) -> None:
     assert not imports()[1] & {"torch", "vllm", "transformers", "numpy", "sympy"}
 
 
-def test_the_router_is_imported_in_half_a_second(imports: Callable[[], tuple[float, set[str]]]) -> None:
+def test_the_router_is_imported_in_half_a_second(imports: Imports) -> None:
     """In one of several tries: processor time grows on a machine that others use too."""
     assert any(imports()[0] < 0.5 for _ in range(10))
 
