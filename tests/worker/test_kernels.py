@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 
 import pytest
 
 GROW = """
+import ctypes
 import torch
+from braid.heap import anonymous_bytes
 from braid.worker.engine import engine_environment
 engine_environment("nowhere")
 import vllm._custom_ops as ops
 from vllm.platforms import current_platform
 
 def own():
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith("RssAnon"))
+    ctypes.CDLL(None).malloc_trim(0)
+    return anonymous_bytes()
 
 current_platform.import_kernels()
 torch.set_num_threads(1)
@@ -34,7 +37,8 @@ print(own() - before)
 
 
 def grown(**environment: str) -> int:
-    """KiB by which steps of every number of tokens make a process larger."""
+    """Bytes by which steps of every number of tokens make a process larger, as an engine's process gives back
+    what it has freed: that alone may be as much as the kernels kept."""
     given = {name: value for name, value in os.environ.items() if not name.startswith("ONEDNN")}
     ran = subprocess.run(
         [sys.executable, "-c", GROW], env=given | environment, capture_output=True, text=True, check=True
@@ -43,7 +47,8 @@ def grown(**environment: str) -> int:
 
 
 @pytest.mark.engine
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="what is free is not told from what is kept")
 def test_kernels_for_steps_of_all_sizes_are_not_kept() -> None:
     """The memory of workers with random prompts grew for an hour."""
     ours, theirs = grown(), grown(ONEDNN_PRIMITIVE_CACHE_CAPACITY="1024")
-    assert ours < theirs / 2
+    assert ours < theirs / 4  # 128 of 1,024
