@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -296,6 +297,34 @@ async def test_real_ends_move_synthetic_blocks(fleet: Fleet) -> None:
     assert int(reply.headers["x-braid-kv-bytes"]) % BLOCK_BYTES == 0
     again = (await fleet.stand.post(CHAT, ask(LONG, n=3))).json()
     assert again["braid"]["decode"]["d0"]["blocks_cached"] > 0
+
+
+async def test_a_group_on_four_decode_workers_is_gathered_once(
+    make_fleet: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch")
+    from braid.sim import moved
+
+    gathered, fill = list[bytes](), moved.fill
+
+    def counted(out: Any, links: Sequence[bytes]) -> None:
+        gathered.extend(links)
+        fill(out, links)
+
+    monkeypatch.setattr(moved, "fill", counted)
+    fleet: Fleet = await make_fleet(spread="spread")
+    await fleet.add("prefill", "p0", sim_kv="moved", staging_bytes=64 * 1024 * 1024)
+    for i in range(4):
+        await fleet.add("decode", f"d{i}", sim_kv="moved")
+    await fleet.paired(4)
+    gathered.clear()  # each pair's probe
+    body = (await fleet.stand.post(CHAT, ask(LONG, n=16))).json()
+    blocks = -(-body["usage"]["prompt_tokens"] // 32)
+    told = body["braid"]["decode"]
+    assert {name: record["blocks"] for name, record in told.items()} == dict.fromkeys(
+        ("d0", "d1", "d2", "d3"), blocks
+    )
+    assert len(gathered) == len(set(gathered)) == blocks
 
 
 async def test_workers_that_move_kv_differently_are_not_paired(fleet: Fleet) -> None:
