@@ -117,20 +117,6 @@ def test_the_product_imports_no_benchmark_and_no_test() -> None:
             assert not roots(ast.parse(path.read_text())) & {"benchmarks", "tests"}, path
 
 
-def test_the_router_starts_without_an_engine_and_fast() -> None:
-    program = """
-import sys, time
-import router.main
-loaded = {"torch", "vllm", "transformers", "numpy"} & set(sys.modules)
-assert not loaded, loaded
-print(time.process_time())
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert float(done.stdout) < 1.0, "seconds of CPU time to import the router"
-
-
 def test_no_file_names_a_package_index() -> None:
     index = re.compile(r"https?://[^\s\"'<>)]*(?:/simple\b|/whl/|pypi\.org/)[^\s\"'<>)]*")
     found = {(name, url) for name, text in files() for url in index.findall(text)}
