@@ -22,7 +22,7 @@ _Word = Annotated[str, StringConstraints(pattern=r"^\S{1,32}$")]
 
 
 class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, defer_build=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
 
 class HttpService(_Table):

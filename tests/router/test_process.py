@@ -21,39 +21,44 @@ from tests.router.strategies import packages
 
 IMPORTS = """
 import sys, time
-before = time.process_time()
+begun = time.process_time()
+import msgspec, prometheus_client, pydantic_settings, uvicorn, zmq.asyncio
+theirs = time.process_time()
 import router.main
-print(time.process_time() - before)
+print(theirs - begun, time.process_time() - theirs)
 print(*sys.modules)
 """
 
 
-Imports = Callable[[], tuple[float, set[str]]]
+Imports = Callable[[], tuple[float, float, set[str]]]
 
 
 @pytest.fixture(scope="module")
 def imports(tmp_path_factory: pytest.TempPathFactory) -> Imports:
-    """CPU seconds that importing the compiled router takes, and what is loaded by it."""
+    """CPU seconds that importing the libraries of the compiled router takes, and then importing it; what is
+    loaded by both."""
     environment = os.environ | {"PYTHONPYCACHEPREFIX": str(tmp_path_factory.mktemp("compiled"))}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
 
-    def measure() -> tuple[float, set[str]]:
+    def measure() -> tuple[float, float, set[str]]:
         command = [sys.executable, "-c", IMPORTS]
         out = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
         seconds, modules = out.splitlines()
-        return float(seconds), set(modules.split())
+        theirs, ours = map(float, seconds.split())
+        return theirs, ours, set(modules.split())
 
     measure()  # compiles
     return measure
 
 
 def test_the_router_imports_no_engine(imports: Imports) -> None:
-    assert not imports()[1] & {"torch", "vllm", "transformers", "numpy", "sympy"}
+    assert not imports()[2] & {"torch", "vllm", "transformers", "numpy", "sympy"}
 
 
 def test_the_router_is_imported_in_half_a_second(imports: Imports) -> None:
-    """In one of several tries: processor time grows on a machine that others use too."""
-    assert any(imports()[0] < 0.5 for _ in range(10))
+    """In one of several tries, on a machine that imports its libraries in a quarter of a second; on a slower
+    one in twice what they take. Processor time grows on a machine that others use too."""
+    assert any(theirs + ours < max(0.5, 2 * theirs) for theirs, ours, _ in (imports() for _ in range(10)))
 
 
 class Process:

@@ -3,14 +3,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
+from pydantic import Field, create_model
 
 from braid.errors import BadRequest
 from braid.settings import RouterSettings
 from router import strategies
-from router.strategies.options import TRIGGER
+from router.strategies.options import TRIGGER, ManyOptions
 
 
 def test_the_strategies_that_need_groups_of_the_prompt_only() -> None:
@@ -88,6 +89,30 @@ def test_every_option_is_documented(name: str) -> None:
     fields = strategies.get(name).options.model_json_schema()["properties"]
     assert {"n", "budget_tokens", "deadline_s", "early_stop", "extractor", "on_failure"} <= set(fields)
     assert all(field.get("description") for field in fields.values())
+
+
+def test_an_option_is_described_by_its_docstring_unless_its_field_says_more() -> None:
+    class Mine(ManyOptions):
+        limit: ClassVar[int] = 3
+        """No option."""
+        n: int = Field(4, ge=1)
+        """Mine."""
+        said: int = Field(1, description="By the field.")
+        """By the docstring."""
+        bare: int = 0
+
+    fields = Mine.model_json_schema()["properties"]
+    assert (fields["n"]["description"], fields["said"]["description"]) == ("Mine.", "By the field.")
+    assert fields["trigger"]["description"].startswith("What makes the model reason")
+    assert "description" not in fields["bare"]
+    assert "limit" not in fields
+
+
+def test_options_without_a_source_have_no_descriptions_of_their_own() -> None:
+    made = create_model("Made", __base__=ManyOptions, extra=(int, 1))
+    fields = made.model_json_schema()["properties"]
+    assert "description" not in fields["extra"]
+    assert fields["n"]["description"] == "Samples of the prompt."
 
 
 def test_the_trigger_is_the_router_s_default() -> None:
