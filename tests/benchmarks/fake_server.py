@@ -118,15 +118,9 @@ def serve(fake: FakeServer) -> Iterator[FakeServer]:
     config = uvicorn.Config(fake.app(), host="127.0.0.1", port=0, log_config=None, lifespan="off")
     server = uvicorn.Server(config)
     listener = config.bind_socket()
-    started = threading.Event()
-
-    async def run() -> None:
-        started.set()
-        await server.serve(sockets=[listener])
-
-    thread = threading.Thread(target=lambda: asyncio.run(run()), daemon=True)
+    listener.listen()  # who connects before it serves waits
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), daemon=True)
     thread.start()
-    started.wait(10)
     fake.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     try:
         yield fake
