@@ -61,7 +61,7 @@ class Options(BaseModel):
     @classmethod
     def model_json_schema(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The schema with the fields' docstrings. They are read here and not when the class is made, as
-        `use_attribute_docstrings` does: for all strategies that is a third of the router's start."""
+        `use_attribute_docstrings` does: that is a third of what importing the router's own modules takes."""
         schema = super().model_json_schema(*args, **kwargs)
         told = _docstrings(cls)
         for name in schema["properties"].keys() & told.keys():
