@@ -3,6 +3,9 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3.14 || echo python3)
 BIN := .venv/bin
 FAST := not engine and not system and not shapes and not gpu and not slow
+SLOW := slow and not engine and not system and not shapes and not gpu
+ENGINES := (engine or system) and not shapes and not gpu
+TWO := -q -n 2 --dist loadfile
 .DEFAULT_GOAL := help
 .PHONY: help install up test test-all check fmt lock bench clean
 
@@ -16,8 +19,9 @@ install: ## install everything into .venv; nothing to do if it is current
 up: install ## serve the demo model at http://127.0.0.1:8000 (ARGS="..." for `braid up`)
 	@exec $(BIN)/braid up $(ARGS)
 
-test: check ## the suite: check, then the tests with real engines
-	$(BIN)/python -m pytest -m "not ($(FAST)) and not shapes and not gpu"
+test: check ## the suite: check, then the slow tests and those with real engines
+	$(BIN)/python -m pytest $(TWO) -m "$(SLOW)"
+	$(BIN)/python -m pytest -m "$(ENGINES)" --durations=25
 
 test-all: test ## everything that runs here: test, then every shape of cache and engine (a quarter of an hour)
 	$(BIN)/python -m pytest -m shapes
@@ -26,7 +30,7 @@ check: install ## the one gate before a commit: format, lint, types, fast tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q -m "$(FAST)" -n 2 --dist loadfile
+	$(BIN)/python -m pytest $(TWO) -m "$(FAST)"
 
 fmt: install ## format the code and apply safe fixes
 	$(BIN)/ruff format .
