@@ -6,7 +6,9 @@ Greedy prompts whose answers are known from a calm phase are asked all the time,
 cache has anything of them; an answer that is not the known one, or not a prefix of it where the stream was
 cut, is a wrong token. Other clients ask for groups and leave when they like. Workers are killed or stopped
 in turn and come back; in the last `--calm-minutes` none is, so that the memory of each process can be
-followed once it has seen the worst. At the end nothing may be held.
+followed. These begin with a rush of large groups: buffers and kernels that an engine makes for its largest
+step stay, and without it some are made an hour later, when chance first brings such a step. At the end
+nothing may be held.
 """
 
 from __future__ import annotations
@@ -39,26 +41,36 @@ from deploy.local import Cluster, UpSettings
 REFERENCES = 40
 LENGTHS = (8, 40, 400, 1500, 3000)
 TOKENS = 32
-SAMPLE_S = 30.0
+SAMPLE_S = 5.0
+WINDOW_S = 60.0
+"""Heaps are trimmed twice in this time (`braid/heap.py`)."""
+RUSH_S = 240.0
+RUSH_CLIENTS = 12
 WARM_S = 900.0
 """What an engine on CPUs takes to have met most sizes of steps."""
 LEAST_S = 300.0
 PAUSE_S = 5.0
 BACK_S = 240.0
 REST_S = 60.0
+PATIENCE = (0.01, 0.1, 0.5, 60.0)
 HELD = ("running", "waiting", "requests", "imports", "jobs", "dispatches", "loads", "staging_bytes", "leases")
 
 
 class Rss(msgspec.Struct):
-    """Resident memory of one process of a worker, `at` seconds into the run. `anonymous` leaves out files and
-    shared memory."""
+    """Resident memory of one process of a worker: the least of the WINDOW_S that end `at` seconds into
+    the run, which leaves out what a step takes for a moment and holes in its heap between two trims.
+
+    Attributes:
+        mib: all of it; the kernel takes pages of files back and reads them again when it likes.
+        own: without those, so anonymous and shared memory.
+    """
 
     at: float
     worker: str
     pid: int
     name: str
     mib: float
-    anonymous: float
+    own: float
 
 
 class Soak:
@@ -112,9 +124,11 @@ class Soak:
         if not right:
             self.wrong.append({"expected": expected, "got": text})
 
-    async def ask_group(self) -> None:
+    async def ask_group(
+        self, widths: Sequence[int] = (1, 4, 16), patience: Sequence[float] = PATIENCE
+    ) -> None:
         """A group whose client may leave at any moment."""
-        n = self.rng.choice([1, 4, 16])
+        n = self.rng.choice(widths)
         prompt = [self.rng.randrange(5, 400) for _ in range(self.rng.choice(LENGTHS))]
         body = {
             "model": "demo",
@@ -125,8 +139,7 @@ class Soak:
             "stream": True,
         }
         request = asyncio.create_task(self.stream(body))
-        patience = self.rng.choice([0.01, 0.1, 0.5, 60.0])
-        ended, _ = await asyncio.wait([request], timeout=patience)
+        ended, _ = await asyncio.wait([request], timeout=self.rng.choice(patience))
         if not ended:
             request.cancel()
             await asyncio.gather(request, return_exceptions=True)
@@ -135,13 +148,27 @@ class Soak:
             self.outcomes["group complete" if request.result()[1] else "group cut"] += 1
 
     async def ask(self, until: float) -> None:
+        """One client."""
         while time.monotonic() < until:
-            act: Callable[[], Awaitable[None]] = self.rng.choice([self.ask_known, self.ask_group])
-            try:
-                await act()
-            except httpx.HTTPError as error:
-                self.outcomes[type(error).__name__] += 1
+            await self.tried(self.rng.choice([self.ask_known, self.ask_group]))
             await asyncio.sleep(self.rng.random() * 0.3)
+
+    async def rush(self, begin: float) -> None:
+        """Clients who ask for large groups and stay, once no more faults come."""
+        await asyncio.sleep(begin - time.monotonic())
+
+        async def ask() -> None:
+            while time.monotonic() < begin + RUSH_S:
+                await self.tried(lambda: self.ask_group((16, 64), PATIENCE[-1:]))
+
+        await asyncio.gather(*(ask() for _ in range(RUSH_CLIENTS)))
+
+    async def tried(self, act: Callable[[], Awaitable[None]]) -> None:
+        """Ask; what HTTP did not bring is counted."""
+        try:
+            await act()
+        except httpx.HTTPError as error:
+            self.outcomes[type(error).__name__] += 1
 
     async def disturb(self, until: float, every_s: float) -> None:
         workers = [name for name in self.cluster.pids if name != "router"]
@@ -184,16 +211,23 @@ class Soak:
         return {w["worker"] for w in state["workers"] if w["state"] == "ready"}
 
     async def watch(self, until: float) -> None:
+        """Follow the memory of every process."""
         while time.monotonic() < until:
+            least: dict[tuple[str, int, str], tuple[float, float]] = {}
+            window = time.monotonic() + WINDOW_S
+            while time.monotonic() < window:
+                await asyncio.sleep(SAMPLE_S)
+                for worker, root in dict(self.cluster.pids).items():
+                    for pid in family(root):
+                        if found := memory(pid):
+                            name, *now = found
+                            before = least.get((worker, pid, name), (now[0], now[1]))
+                            least[worker, pid, name] = (min(before[0], now[0]), min(before[1], now[1]))
             at = time.monotonic() - self.started
-            for name, root in dict(self.cluster.pids).items():
-                self.rss += [
-                    Rss(round(at, 1), name, pid, *own) for pid in family(root) if (own := memory(pid))
-                ]
+            self.rss += [Rss(round(at, 1), w, pid, name, *both) for (w, pid, name), both in least.items()]
             progress(
                 f"{at / 60:.1f} min: {dict(self.outcomes)}, wrong {len(self.wrong)}, {dict(self.faults)}"
             )
-            await asyncio.sleep(SAMPLE_S)
 
     async def held(self) -> dict[str, dict[str, int]]:
         """What every worker still holds."""
@@ -220,7 +254,10 @@ class Soak:
         end = time.monotonic() + minutes * 60
         calm = end - calm_minutes * 60
         await asyncio.gather(
-            *(self.ask(end) for _ in range(clients)), self.disturb(calm, every_s), self.watch(end)
+            *(self.ask(end) for _ in range(clients)),
+            self.disturb(calm, every_s),
+            self.rush(calm),
+            self.watch(end),
         )
 
         async def nothing_held() -> bool:
@@ -258,7 +295,8 @@ def slopes(samples: Sequence[Rss], since: float) -> list[dict[str, Any]]:
                     "mib": round(statistics.mean(s.mib for s in warm), 1),
                     "mib_quarters": _quarters([s.mib for s in warm]),
                     "mib_an_hour": _slope(at, [s.mib for s in warm]),
-                    "anonymous_an_hour": _slope(at, [s.anonymous for s in warm]),
+                    "own_quarters": _quarters([s.own for s in warm]),
+                    "own_an_hour": _slope(at, [s.own for s in warm]),
                     "highest_at_minute": round(max(warm, key=lambda s: s.mib).at / 60, 1),
                 }
             )
@@ -281,7 +319,7 @@ def family(root: int) -> list[int]:
 
 
 def memory(pid: int) -> tuple[str, float, float] | None:
-    """Name, resident and anonymous memory of one process in MiB; None if it has ended."""
+    """Name, resident memory and that without files of one process in MiB; None if it has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError):
@@ -289,8 +327,8 @@ def memory(pid: int) -> tuple[str, float, float] | None:
     told = dict(line.split(":", 1) for line in lines)
     if "VmRSS" not in told:
         return None
-    total, anonymous = (round(int(told[key].split()[0]) / 1024, 1) for key in ("VmRSS", "RssAnon"))
-    return told["Name"].strip(), total, anonymous
+    total, files = (int(told[key].split()[0]) for key in ("VmRSS", "RssFile"))
+    return told["Name"].strip(), round(total / 1024, 2), round((total - files) / 1024, 2)
 
 
 def progress(line: str) -> None:

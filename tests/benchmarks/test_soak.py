@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -109,10 +109,32 @@ def test_memory_is_followed_from_the_last_fault_on() -> None:
     samples += life(2, 1200, 3600, lambda at: 100 + max(0, 1500 - at) + at / 3600)
     (found,) = soak.slopes(samples, since=1300)
     assert (found["worker"], found["process"], found["mib_an_hour"]) == ("decode-0", "core", 1.0)
-    assert (found["anonymous_an_hour"], found["highest_at_minute"]) == (0.0, 59.5)
+    assert (found["own_an_hour"], found["highest_at_minute"]) == (0.0, 59.5)
     first, *_, last = found["mib_quarters"]
     assert 100 < first < last < 101
     assert found["minutes"] == pytest.approx((3600 - 1300 - soak.WARM_S) / 60, abs=1)
+
+
+async def test_what_a_process_holds_for_a_moment_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples once in half a minute rose and fell with the trims of heaps, which come as often."""
+    seen = iter([("core", 50.0, 40.0), ("core", 70.0, 30.0), ("core", 60.0, 35.0)])
+    monkeypatch.setattr(soak, "SAMPLE_S", 0.0)
+    monkeypatch.setattr(soak, "WINDOW_S", 60.0)
+    monkeypatch.setattr(soak, "family", lambda root: [root])
+    clock = 0.0
+
+    def weigh(pid: int) -> Any:
+        nonlocal clock
+        if (found := next(seen, None)) is None:
+            clock = 61.0
+        return found
+
+    monkeypatch.setattr(soak, "memory", weigh)
+    monkeypatch.setattr(soak, "time", SimpleNamespace(monotonic=lambda: clock))
+    run = soak.Soak(cast("Any", SimpleNamespace(url="http://router", pids={"decode-0": 7})), 0)
+    await run.watch(until=60.0)
+    await run.client.aclose()
+    assert [(s.worker, s.pid, s.name, s.mib, s.own) for s in run.rss] == [("decode-0", 7, "core", 50.0, 30.0)]
 
 
 def test_each_process_of_a_worker_is_weighed_alone() -> None:
