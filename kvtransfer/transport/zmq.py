@@ -45,10 +45,10 @@ class ZmqSender:
             self._addresses.append(address)
 
     def send(self, parcel: Parcel, digest: int) -> None:
-        header = wire.encode(parcel.header(digest=digest))
+        header, payload = wire.encode(parcel.header(digest=digest)), parcel.wrap()  # all of it, or none
         self._socket.send(self._addresses[next(self._turn) % len(self._addresses)], zmq.SNDMORE)
         self._socket.send(header, zmq.SNDMORE)
-        self._socket.send(parcel.wrap(), copy=False)
+        self._socket.send(payload, copy=False)
 
     def close(self) -> None:
         """Nothing is held; what ZMQ has queued goes with the connection."""
