@@ -139,7 +139,10 @@ class Consumer:
             missing = {s.group: set(range(s.first, s.first + len(s.block_ids))) for s in spec.spans}
             load.parts.append(Part(load, source, missing, self._targets(spec, source)))
         for part in load.parts:
-            peer = self._peer(part.source.endpoint)
+            peer = self._reach(part.source.endpoint)
+            if peer is None:
+                self._fail(load, "unreachable")
+                return
             if peer.up:
                 self._subscribe(peer, part)
 
@@ -200,11 +203,23 @@ class Consumer:
 
     # --- connections ---
 
+    def _reach(self, endpoint: str) -> _Peer | None:
+        """As :meth:`_peer`; None if no connection can be opened, as where descriptors have run out."""
+        try:
+            return self._peer(endpoint)
+        except zmq.ZMQError as error:
+            log.error("kv_connection_failed", extra={"peer": endpoint, "detail": str(error)})
+            return None
+
     def _peer(self, endpoint: str) -> _Peer:
         now = time.monotonic()
         if (peer := self._peers.get(endpoint)) is None:
             socket = self._open(endpoint)
-            monitor: Socket = socket.get_monitor_socket(_EVENTS)
+            try:
+                monitor: Socket = socket.get_monitor_socket(_EVENTS)
+            except zmq.ZMQError:
+                socket.close(linger=0)
+                raise
             peer = self._peers[endpoint] = _Peer(endpoint, socket, monitor, now, now)
             self._loop.add(socket, lambda: self._receive(peer, socket))
             self._loop.add(monitor, lambda: self._monitored(peer))
@@ -405,8 +420,10 @@ class Consumer:
         part.manifest = message
         early, part.early, part.early_bytes = part.early, [], 0
         for blocks, frames in early:
-            if self._parts.get(message.sub) is part:  # else the load has ended or starts over
+            if self._parts.get(message.sub) is part:
                 self._take(peer, part, blocks, frames)
+            else:  # the load has ended or starts over
+                self._pass_over(peer, blocks)
         self._finish_part(peer, part)
         self._finish(part.load)
 
@@ -439,9 +456,7 @@ class Consumer:
     def _announced(self, peer: _Peer, message: wire.Blocks, frames: list[zmq.Frame]) -> None:
         part = self._parts.get(message.sub)
         if part is None or part.source.endpoint != peer.endpoint:  # late: its load has ended
-            if peer.receiver is not None and 0 <= message.nbytes <= wire.MAX_PAYLOAD:
-                peer.receiver.skip(message)
-                self._ack(peer, message.nbytes)
+            self._pass_over(peer, message)
             return
         if part.manifest is None:
             part.early.append((message, frames))
@@ -451,6 +466,12 @@ class Consumer:
                 self._fail(part.load, "no_manifest")
         else:
             self._take(peer, part, message, frames)
+
+    def _pass_over(self, peer: _Peer, message: wire.Blocks) -> None:
+        """Leave a payload that nobody waits for, and let the producer's window move on."""
+        if peer.receiver is not None and 0 <= message.nbytes <= wire.MAX_PAYLOAD:
+            peer.receiver.skip(message)
+            self._ack(peer, message.nbytes)
 
     def _take(self, peer: _Peer, part: Part, message: wire.Blocks, frames: list[zmq.Frame]) -> None:
         """Have the transport get a payload that is one of those wanted."""
@@ -568,7 +589,11 @@ class Consumer:
         load.failed = reason
         for part in load.parts:
             if self._parts.pop(part.sub, None) is not None:
-                self._send(self._peer(part.source.endpoint), wire.Drop(load.spec.key, part.sub))
+                peer = self._peer(part.source.endpoint)
+                self._send(peer, wire.Drop(load.spec.key, part.sub))
+                for message, _ in part.early:
+                    self._pass_over(peer, message)
+                part.early.clear()
         self._emit_failed(load)
 
     def _emit_failed(self, load: Load) -> None:
@@ -597,8 +622,11 @@ class Consumer:
             if peer.lost or overdue or (not waiting and now - peer.idle_since > IDLE_S):
                 self._hang_up(peer)
             if self._loads_from(peer.endpoint) and peer.endpoint not in self._peers:
-                again = self._peer(peer.endpoint)
-                again.known, again.trouble_at = peer.known, peer.trouble_at
+                again = self._reach(peer.endpoint)
+                if again is None:
+                    self._give_up(peer, "unreachable")
+                else:
+                    again.known, again.trouble_at = peer.known, peer.trouble_at
 
     def _keep_alive(self) -> None:
         waiting: dict[str, list[wire.Key]] = {}
@@ -608,7 +636,7 @@ class Consumer:
             for endpoint in endpoints:
                 waiting.setdefault(endpoint, []).append(key)
         for endpoint, keys in waiting.items():
-            if (peer := self._peer(endpoint)).up:
+            if (peer := self._reach(endpoint)) is not None and peer.up:
                 self._send(peer, wire.Alive(tuple(keys)))
 
     def _hang_up(self, peer: _Peer) -> None:

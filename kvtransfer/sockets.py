@@ -10,6 +10,16 @@ SILENT_S = 8.0
 """A connection without an answer for this long is closed: a blackholed peer is a lost one."""
 
 
+def new_context() -> zmq.Context[zmq.Socket[bytes]]:
+    """A context for as many sockets as ZMQ can have.
+
+    A connection takes three, so 341 of them use up the 1,023 that a context has as it comes.
+    """
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    context.set(zmq.MAX_SOCKETS, int(context.get(zmq.SOCKET_LIMIT)))
+    return context
+
+
 def set_heartbeat(socket: zmq.Socket[bytes]) -> None:
     """Notice a peer that is stopped or cut off though its connection looks open."""
     socket.setsockopt(zmq.HEARTBEAT_IVL, int(HEARTBEAT_S * 1000))

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zmq
 
 from braid.keys import stop_authenticator
 from braid.sim.kv import LoadFailed, Refused
@@ -23,6 +22,7 @@ from kvtransfer.consumer import Consumer
 from kvtransfer.digest import Check, Digests
 from kvtransfer.loop import Loop
 from kvtransfer.producer import Producer
+from kvtransfer.sockets import new_context
 from kvtransfer.transport.select import consumer_transports, producer_transports
 
 LINK_BYTES = 16
@@ -62,7 +62,7 @@ class _End:
     """A loop's thread and its context, and events by what awaits them."""
 
     def __init__(self, name: str) -> None:
-        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.context = new_context()
         self.loop = Loop(name)
         self._asyncio = asyncio.get_running_loop()
         self._waiting: dict[tuple[str, kv.Key], asyncio.Future[kv.Event]] = {}

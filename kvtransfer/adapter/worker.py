@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-import zmq
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
 from braid.keys import stop_authenticator
@@ -23,6 +22,7 @@ from kvtransfer.digest import Digests
 from kvtransfer.fence import Fence
 from kvtransfer.loop import Loop
 from kvtransfer.producer import Producer
+from kvtransfer.sockets import new_context
 from kvtransfer.transport.select import consumer_transports, producer_transports
 
 log = logging.getLogger("braid.kvtransfer")
@@ -41,7 +41,7 @@ class WorkerSide:
         self._device = str(groups[0].layers[0].device)
         rank = get_tensor_model_parallel_rank()
         self._loop = Loop(f"braid-kv-{rank}")
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context = new_context()
         self._control = ControlClient(self._loop, self._context, options.control, rank, self._command)
         self._translations: dict[int, Translation] = {}
         self._bf16 = all(layer.dtype == torch.bfloat16 for g in groups for layer in g.layers)

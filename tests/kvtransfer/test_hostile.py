@@ -165,6 +165,25 @@ def test_blocks_before_a_manifest_that_is_refused_are_not_written(
     assert not contents(d.cache).any()
 
 
+@pytest.mark.parametrize("ends", ["unload", "refused manifest", "refused", "corrupt"])
+def test_blocks_before_a_manifest_are_acknowledged_though_their_load_ends(
+    d: ConsumerEnd, raw: RawProducer, monkeypatch: pytest.MonkeyPatch, ends: str
+) -> None:
+    """They stayed in the producer's window for as long as the session, until nothing was sent in it."""
+    monkeypatch.setattr("kvtransfer.consumer.ACK_BYTES", 4 * BLOCK_BYTES)
+    sub = start(d, raw)
+    raw.say(blocks(sub, 0, 1, digest=12345), b"x" * BLOCK_BYTES)
+    raw.say(blocks(sub, 1, 2), b"x" * 2 * BLOCK_BYTES)
+    _pass_through(d, raw)
+    if ends == "unload":
+        d.unload(KEY)
+    else:
+        answers: dict[str, wire.Data] = {"refused": wire.Refused(sub, "bad_blocks"), "corrupt": manifest(sub)}
+        raw.say(answers.get(ends, manifest(sub, chain=b"other")))
+    d.events.expect(wire.Failed, KEY)
+    assert raw.expect(wire.Ack).nbytes == 4 * BLOCK_BYTES  # and one of what passed through
+
+
 def test_more_blocks_than_wanted_before_the_manifest_end_the_load_once(
     d: ConsumerEnd, raw: RawProducer
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,11 @@ import zmq
 
 from kvtransfer import wire
 from kvtransfer.arena import open_arena
+from kvtransfer.sockets import new_context
+from kvtransfer.transport import Parcel
 from tests.kvtransfer.ends import (
     BLOCK_BYTES,
+    DEADLINE_S,
     EPOCH,
     ROW_BYTES,
     ConsumerEnd,
@@ -72,6 +76,114 @@ def test_the_load_after_one_that_found_no_descriptor_works(
     assert isinstance(second, wire.Loaded)
     assert second.transport == transport
     assert same(pair.p.cache, [3, 4], pair.d.cache, [1, 2])
+
+
+def test_a_load_whose_connection_cannot_be_opened_ends_at_once(
+    make_pair: MakePair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waited for its deadline."""
+    pair = make_pair(transports=["zmq"])
+    monkeypatch.setattr(pair.d.end, "_open", once(pair.d.end._open, zmq.ZMQError(errno.EMFILE), 1))
+    started = time.monotonic()
+    first, second = loads(pair, 1), loads(pair, 2)
+    assert time.monotonic() - started < DEADLINE_S / 2
+    assert isinstance(first, wire.Failed)
+    assert first.reason == "unreachable"
+    assert isinstance(second, wire.Loaded)
+
+
+def test_a_connection_without_its_monitor_is_closed(
+    make_pair: MakePair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = make_pair(transports=["zmq"])
+    opened: list[Any] = []
+
+    def broken(endpoint: str) -> Any:
+        socket = open_socket(endpoint)
+        if not opened:
+            monkeypatch.setattr(socket, "get_monitor_socket", once(print, zmq.ZMQError(errno.EMFILE), 1))
+        opened.append(socket)
+        return socket
+
+    open_socket = pair.d.end._open
+    monkeypatch.setattr(pair.d.end, "_open", broken)
+    first, second = loads(pair, 1), loads(pair, 2)
+    assert isinstance(first, wire.Failed)
+    assert isinstance(second, wire.Loaded)
+    assert opened[0].closed
+
+
+def test_a_connection_that_broke_and_cannot_be_opened_again_ends_its_loads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    raw, d = RawProducer(), ConsumerEnd(transports=["zmq"])
+    try:
+        d.load(KEY, raw.endpoint, (1,))
+        raw.welcome("zmq", ONE_LANE)
+        raw.expect(wire.Subscribe)
+        monkeypatch.setattr(d.end, "_open", once(d.end._open, zmq.ZMQError(errno.EMFILE), 1))
+        (peer,) = d.end._peers.values()
+        d.call(lambda: setattr(peer, "lost", True))
+        assert d.events.expect(wire.Failed, KEY).reason == "unreachable"
+    finally:
+        d.close()
+        raw.close()
+
+
+def test_a_prompt_whose_producer_cannot_be_reached_costs_no_other_its_lease(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("kvtransfer.consumer.ALIVE_S", 0.0)
+    raw, d = RawProducer(), ConsumerEnd(transports=["zmq"])
+    there = d.end._open
+
+    def open_some(endpoint: str) -> Any:
+        if endpoint == raw.endpoint:
+            return there(endpoint)
+        raise zmq.ZMQError(errno.EMFILE)
+
+    monkeypatch.setattr(d.end, "_open", open_some)
+    try:
+        d.call(lambda: d.end.hold(wire.Hold(make_key(1), ("tcp://127.0.0.1:1",))))
+        d.call(lambda: d.end.hold(wire.Hold(make_key(2), (raw.endpoint,))))
+        raw.welcome("zmq", ONE_LANE)
+        assert raw.expect(wire.Alive).keys == (make_key(2),)
+        for number in (1, 2):
+            d.call(lambda n=number: d.end.hold(wire.Hold(make_key(n), ())))  # type: ignore[misc]
+    finally:
+        d.close()
+        raw.close()
+
+
+def test_a_consumer_may_have_as_many_connections_as_the_library_allows() -> None:
+    """ZMQ's own bound of 1,023 sockets is met at 341 producers."""
+    context = new_context()
+    try:
+        assert context.get(zmq.MAX_SOCKETS) == context.get(zmq.SOCKET_LIMIT) > 10_000
+    finally:
+        context.destroy(linger=0)
+
+
+def test_a_payload_that_cannot_be_sent_leaves_no_half_message(
+    make_pair: MakePair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was sent next, to whomever, went to its consumer."""
+    pair = make_pair(transports=["zmq"])
+    raw = RawConsumer(pair.endpoint)
+    other = RawConsumer(pair.endpoint)
+    try:
+        pair.p.open(KEY, 1)
+        pair.p.publish(KEY, 0, [1])
+        monkeypatch.setattr(Parcel, "wrap", once(Parcel.wrap, zmq.ZMQError(errno.EMFILE), 1))
+        raw.subscribe(KEY, 1, 1)
+        raw.expect(wire.Manifest)
+        other.greet(2)
+        other.expect(wire.Welcome)
+        assert raw.hears_nothing(0.2)
+        pair.p.call(lambda: pair.p.end.end(KEY, "over"))
+    finally:
+        raw.close()
+        other.close()
 
 
 def test_a_producer_that_begins_no_session_is_tried_anew_with_each_load(
