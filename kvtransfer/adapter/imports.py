@@ -143,16 +143,25 @@ class Imports:
             local: how many of them the local prefix cache gives it.
 
         Returns:
-            ``local`` if there is nothing to copy: the import is gone, the prompt does not begin with it, or
-            the prefix cache does not reach up to its tail. Else the end of what is to be copied, before the
-            prompt's last token at most.
+            ``local`` if there is nothing to copy: the import is gone, the prompt does not begin with it, the
+            prefix cache does not reach up to its tail, or a window has left what the prompt would see of it.
+            Else the end of what is to be copied, before the prompt's last token at most.
         """
         held = self.held.get(name)
         if held is None or not held.committed:
             return local
         last = min(held.computed, len(prompt) - 1)
         end = next((i for i in range(local, last) if prompt[i] != held.tokens[i]), last)
-        return end if local == end // self.unit * self.unit else local
+        return end if local == end // self.unit * self.unit and self._sees(held, end) else local
+
+    def _sees(self, held: Import, end: int) -> bool:
+        """Whether an import has all blocks that a sample which goes on at ``end`` copies of it."""
+        tail = end // self.unit * self.unit
+        for blocking, ids in zip(self.groups, held.blocks, strict=True):
+            seen = max(tail, end - blocking.window + 1) if blocking.window else tail
+            if 0 in ids[seen // blocking.block_size : num_blocks(end, blocking.block_size)]:
+                return False
+        return True
 
     def copies(self, name: str, end: int, targets: Sequence[Sequence[int]]) -> list[Copy]:
         """The blocks that hold the tokens from the last whole unit up to ``end``, each onto the sample's own.

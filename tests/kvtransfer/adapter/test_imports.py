@@ -267,6 +267,28 @@ def test_what_goes_on_from_a_kept_sample_computes_its_last_token_and_what_is_new
     assert cache.free == free
 
 
+@pytest.mark.parametrize("shared", range(7, 31))
+def test_what_goes_on_early_from_a_kept_sample_copies_no_block_that_its_window_has_left(
+    grouped: Cache, shared: int
+) -> None:
+    """vLLM's null block was copied, onto one that then was published."""
+    kept = ended(grouped, 6, 31)
+    grouped.manager.remove_skipped_blocks(kept.request_id, 30)
+    keep(grouped, kept)
+    prompt = grouped.request(50, "next")
+    told = [*range(shared), *(99 for _ in range(20))]
+    for local in range(0, shared, grouped.unit):
+        end = grouped.imports.reach("k0", told, local)
+        if end == local:
+            continue
+        assert grouped.manager.allocate_slots(prompt, 1, num_external_computed_tokens=end)
+        targets = grouped.manager.get_block_ids("next")
+        copies = grouped.imports.copies("k0", end, targets)
+        assert copies
+        assert all(source and target for _, source, target in copies)
+        grouped.manager.free(prompt)
+
+
 def test_blocks_of_a_kept_sample_are_not_evicted(cache: Cache) -> None:
     keep(cache, ended(cache, 6, 14))
     pinned = set(cache.blocks("k0"))
