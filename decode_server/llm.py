@@ -93,12 +93,22 @@ class Job:
         :meth:`stand_up`, also where it is cancelled."""
         if number in self.cancelled:
             return False
-        return await self.seats.sit(self.flow, lambda seat: self._taken.update({number: seat}))
+        seated = await self.seats.sit(self.flow, lambda seat: self._taken.update({number: seat}))
+        return seated and number not in self.cancelled  # it may have been, between the turn and this line
+
+    def has_asked(self, number: int) -> bool:
+        """Whether a sample waits for its seat or has it."""
+        return number in self._taken
 
     def stand_up(self, number: int, tokens: int) -> None:
         """End a sample that generated ``tokens``, with or without a seat. Idempotent."""
         if (seat := self._taken.pop(number, None)) is not None:
             self.seats.leave(seat, tokens)
+
+    def leave(self) -> None:
+        """End all samples that have not been ended, as the dispatch has."""
+        for number in list(self._taken):
+            self.stand_up(number, self.generated.get(number, 0))
 
     def give_up(self, numbers: Iterable[int]) -> None:
         """End the wait of samples that have no seat yet."""
@@ -192,12 +202,17 @@ class DecodeLLM(AsyncLLM):
     async def _beam_step(
         self, job: Job, prompt: Any, params: SamplingParams, request_id: str, options: dict[str, Any]
     ) -> AsyncGenerator[RequestOutput, None]:
-        """One token of one beam. The first step is of the bare prompt, alone, and imports it; the service
-        releases it with the dispatch."""
+        """One token of one beam.
+
+        The first step is of the bare prompt, alone: it imports it, and then takes the one seat of the search.
+        The service gives both back with the dispatch.
+        """
         if not job.held:
             await self._acquire(job, 0, prompt, params, request_id, options)
             job.prompt_tokens = len(prompt.get("prompt_token_ids") or ())
             job.cached_tokens = job.held[0].cached
+            if not job.has_asked(job.first):  # of a body with several prompts another was first
+                await job.seat(job.first)
         assert job.beams is not None
         if job.cancelled:
             yield beams.aborted(request_id, prompt)

@@ -153,6 +153,7 @@ class DecodeService:
             log.exception("dispatch_failed", extra={"request_id": message.request_id})
             self._end_early(message, 500, type(error).__name__)
         finally:
+            dispatch.job.leave()
             for held in dispatch.job.held:
                 self._prefixes.release(held)
             JOB.reset(token)
@@ -239,14 +240,7 @@ class DecodeService:
 
         headers = (*message.headers, ("x-request-id", message.request_id))
         body = beams.widened(message.body)
-        try:
-            if not await job.seat(message.first):  # one for the whole search: its steps are of one token
-                self._send(wire.Sample(message.ref, message.first, "cancelled"))
-                self._send(wire.GroupDone(message.ref, 200))
-                return
-            await post(self._engine.app, message.target, body, headers, on_start, chunks.append)
-        finally:
-            job.stand_up(message.first, sum(job.generated.values()))
+        await post(self._engine.app, message.target, body, headers, on_start, chunks.append)
         reply, tokens = b"".join(chunks), sum(job.generated.values())
         if status == 200:
             self._send(beams.best(message.ref, message.first, reply, tokens))

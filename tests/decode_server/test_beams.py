@@ -206,6 +206,63 @@ async def test_a_search_that_is_no_longer_wanted_begins_no_step() -> None:
     assert (told.outputs[0].finish_reason, told.finished, engine.asked) == ("abort", True, [])
 
 
+async def test_a_search_has_room_for_its_prompt_before_it_takes_a_seat() -> None:
+    """Samples take their seats last: a search that waited for room in a seat waited for those whose samples
+    waited for that seat."""
+    from decode_server.prefix import Held
+
+    seats, flow = open_seats(1)
+    engine, job = Engine(Held("i1", wire.KvRecord("remote"), 3, cached=4)), job_of()
+    job.seats = seats
+    other = seats.ask(flow, lambda seated: None)
+    searching = asyncio.create_task(step(engine, job, [1, 2, 3], "r-0"))
+    while not engine.acquired:
+        await asyncio.sleep(0)
+    assert (seats.stats(), engine.asked) == ({"seats_held": 1, "seats_waiting": 1}, [])
+    seats.leave(other)
+    await searching
+    assert len(engine.asked) == 1
+    await step(engine, job, [1, 2, 3, 4], "r-1")
+    job.held.clear()
+    await step(engine, job, [5, 6], "r-2")  # of another prompt of the body, which began beside the first
+    assert seats.stats() == {"seats_held": 1, "seats_waiting": 0}, "one for the whole search"
+    job.leave()
+    seats.check_integrity(idle=True)
+
+
+async def test_a_search_that_is_cancelled_before_its_seat_begins_no_step() -> None:
+    from decode_server.prefix import Held
+
+    seats, flow = open_seats(1)
+    engine, job = Engine(Held("i1", wire.KvRecord("remote"), 3, cached=4)), job_of()
+    job.seats = seats
+    other = seats.ask(flow, lambda seated: None)
+    searching = asyncio.create_task(step(engine, job, [1, 2, 3], "r-0"))
+    while not engine.acquired:
+        await asyncio.sleep(0)
+    job.cancelled.add(0)
+    job.give_up((0,))
+    (told,) = await searching
+    assert (told.outputs[0].finish_reason, engine.asked) == ("abort", [])
+    seats.leave(other)
+    job.leave()
+    seats.check_integrity(idle=True)
+
+
+@pytest.mark.parametrize("mode", ["samples", "http"])
+async def test_the_seat_of_a_search_is_left_with_its_dispatch(stand: Stand, mode: str) -> None:  # noqa: F811
+    async def search(job: Any, receive: Any, send: Any) -> None:
+        assert await job.seat(job.first)
+        assert stand.service.seats.held == 1
+        await start(send)
+        await say(send, json.dumps(REPLY).encode())
+
+    stand.handler = search
+    begin(stand, mode=mode)
+    await stand.idle()
+    stand.service.seats.check_integrity(idle=True)
+
+
 # vLLM's own search over these steps
 
 A, B, EOS = 18, 19, 2

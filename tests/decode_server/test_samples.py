@@ -191,6 +191,27 @@ async def test_a_sample_that_is_cancelled_before_its_seat_never_enters_the_engin
     run.job.seats.check_integrity(idle=True)
 
 
+async def test_a_sample_that_is_cancelled_while_it_takes_its_seat_never_enters_the_engine() -> None:
+    """It had its seat and no engine request yet: nobody looked at the cancel again."""
+    llm = ScriptedLLM({"r-0": [asyncio.Event()]})
+    run = Run(llm, 2, final=True, report=True)
+    run.job.seats.capacity = 1
+    task = asyncio.create_task(run.outputs())
+    while not llm.asked:
+        await asyncio.sleep(0)
+    run.job.seats.leave(run.job._taken[0])  # from here to the end in one turn of the event loop
+    run.job.cancelled.add(1)
+    run.job.give_up((1,))
+    while not run.reports:
+        await asyncio.sleep(0)
+    assert [(number, last, error) for number, last, error in run.reports] == [(1, None, "")]
+    assert list(llm.asked) == ["r-0"]
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    run.job.seats.check_integrity(idle=True)
+
+
 async def test_a_request_that_is_cancelled_leaves_no_seat_behind() -> None:
     llm = ScriptedLLM({"r-0": [asyncio.Event()]})
     run = Run(llm, 3, final=True)
