@@ -244,7 +244,7 @@ class Session:
         self._held_bytes = self._released = 0
         self._lock = threading.Lock()
         self._group: Any = None
-        self._closed = False
+        self._closed = self._ended = False
         self._thread = threading.Thread(target=self._run, name="braid-kv-collective", daemon=True)
         self._thread.start()
 
@@ -258,12 +258,13 @@ class Session:
         self._store.told(name, value)
 
     def put(self, job: Job) -> None:
-        """Post ``job`` after those before it, once the group is up. After :meth:`close`: nothing."""
+        """Post ``job`` after those before it, once the group is up. Nothing after the group's end."""
         self._held_bytes += job.nbytes
         if self._rank == 0 and self._held_bytes > MAX_HELD:
             self._lost("the consumer does not say what it has got")
-        if not self._closed:
-            self._jobs.put(job)
+        with self._lock:
+            if not self._closed and not self._ended:
+                self._jobs.put(job)
 
     def release(self) -> None:
         """The oldest job that is held is complete."""
@@ -305,6 +306,8 @@ class Session:
         except Exception as error:  # RuntimeError and its kin of torch's: whatever it is, the group is lost
             self._loop.call_soon(partial(self._lost, str(error)))
         finally:
+            with self._lock:
+                self._ended = True
             self._held.clear()
             while not self._jobs.empty():
                 self._jobs.get()

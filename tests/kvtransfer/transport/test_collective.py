@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -125,6 +127,26 @@ def test_a_half_whose_other_never_comes_fails(halves: Halves, monkeypatch: pytes
     monkeypatch.setattr("kvtransfer.transport.group.BUILD_S", 0.2)
     halves.start(meet=False)
     halves.expect_failures(2)
+
+
+def test_a_half_whose_thread_has_ended_keeps_no_job() -> None:
+    """A buffer of the pool stayed with it until another session was opened."""
+
+    class Broken(Gloo):
+        def build(self, store: Any, rank: int) -> Any:
+            raise RuntimeError("no group")
+
+    loop = Loop("test-collective")  # does not run: nothing is told yet of the thread's end
+    session = Session(loop, Broken("127.0.0.1"), 1, lambda name, value: None, lambda reason: None)
+    session.join()
+    job = _Job(lambda group: None)
+    put = weakref.ref(job)
+    session.put(job)
+    del job
+    assert put() is None
+    session.close()
+    loop.start()
+    loop.stop()
 
 
 def test_closing_while_the_halves_meet_does_not_wait(halves: Halves) -> None:
