@@ -216,7 +216,8 @@ class NixlProducer:
         self.socket: Socket = side.socket
         self._nbytes = len(side.arena.memory)
         self._agent = Agent(side.arena.memory)
-        side.arena.hold_pages()  # registered with whatever network UCX finds
+        if not self._agent.problem:
+            side.arena.hold_pages()  # registered with whatever network UCX finds
         self._senders: dict[Read, NixlSender] = {}
         self._news_at = 0.0
         side.loop.every_turn(self._poll)

@@ -133,6 +133,10 @@ def test_without_the_package_a_load_goes_another_way(
     pair.d.load(KEY, pair.endpoint, (1, 2))
     pair.p.publish(KEY, 0, [4, 5])
     assert pair.d.events.expect(wire.Loaded, KEY).transport == "zmq"
+    pair.p.settle()
+    for _ in range(2):
+        pair.p.call(pair.p.arena.age)
+    assert pair.p.call(lambda: pair.p.arena.give_back(1 << 30)) > 0, "only registered pages are held"
 
 
 SHAPE = wire.Shape(3, 4, 8)
