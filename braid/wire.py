@@ -40,7 +40,7 @@ import msgspec
 
 _T = TypeVar("_T")
 
-PROTOCOL = 6
+PROTOCOL = 7
 MAX_FRAME = 64 * 1024 * 1024
 """Upper bound of one frame in bytes."""
 
@@ -298,7 +298,7 @@ class Decode(_Msg, frozen=True, tag="decode"):
     ``Head``/``Body``; ``samples`` with ``Sample``/``GroupDone`` (``stream`` in the body is ignored).
 
     ``keep``: the KV of each sample stays, as far as there is room, under the name
-    ``{request_id}-{number}`` until a ``Forget`` or until it has not been used for a while. ``after`` is such
+    :func:`kept_name` until a ``Forget`` or until it has not been used for a while. ``after`` is such
     a name: the body repeats that sample's prompt and text, and what it kept is used."""
 
     ref: int
@@ -340,6 +340,11 @@ class Cancel(_Msg, frozen=True, tag="cancel"):
 
     ref: int
     samples: tuple[int, ...] | None = None
+
+
+def kept_name(ref: int, number: int) -> str:
+    """What a decode worker knows a kept sample by: two requests may have one id, which clients choose."""
+    return f"{ref:x}-{number}"
 
 
 class Forget(_Msg, frozen=True, tag="forget"):

@@ -45,7 +45,8 @@ class Job:
         first: number of the share's first sample in the group.
         seats, flow: where its samples take their seats, and as whose.
         on_sample: set in mode ``samples``: every sample is reported when it ends.
-        keep: set if samples are to be kept: what their names begin with (``{keep}-{number}``).
+        ref: of the dispatch, which tells its samples from those of another with the same request id.
+        keep: whether samples are to be kept.
         after: name of the kept sample that the body goes on from; empty if none.
         held: one entry a prompt of the body, as they come.
         samples: engine request ids of the running samples, by their number in the group.
@@ -68,7 +69,8 @@ class Job:
     seats: Seats
     flow: DispatchFlow
     on_sample: Ended | None = None
-    keep: str = ""
+    ref: int = 0
+    keep: bool = False
     after: str = ""
     parts: int = 0
     held: list[Held] = field(default_factory=list)
@@ -118,7 +120,7 @@ class Job:
 
     def name_of(self, number: int) -> str:
         """What a sample is kept as; empty if it is not."""
-        return f"{self.keep}-{number}" if self.keep else ""
+        return wire.kept_name(self.ref, number) if self.keep else ""
 
     def record(self) -> wire.KvRecord:
         """The transfers of all prompts, summed; the path is the worst of them."""
@@ -183,6 +185,9 @@ class DecodeLLM(AsyncLLM):
             async for output in super().generate(prompt, sampling_params, request_id, **options):
                 yield output
             return
+        request_id = (
+            f"{request_id}-{job.ref:x}"  # clients choose theirs, and vLLM aborts all that have the same
+        )
         if job.beams is not None:
             async for output in self._beam_step(job, prompt, sampling_params, request_id, options):
                 yield output

@@ -71,7 +71,8 @@ class DecodeService:
         flow = DispatchFlow(group=message.several, priority=message.priority)
         source = Source(message.ticket, message.reason)
         job = Job(source, self._prefixes, self._kept, message.first, self.seats, flow)
-        job.keep = message.request_id if message.keep and message.mode == "samples" else ""
+        job.ref = message.ref
+        job.keep = message.keep and message.mode == "samples"
         job.after = message.after
         job.priority = message.priority if self._engine.by_priority else 0
         job.watch = message.watch if message.mode == "samples" else None
@@ -261,7 +262,12 @@ class DecodeService:
             self._send(wire.Sample(ref, number, "failed" if error else "cancelled", error=error))
             return
         completion = output.outputs[0]
-        choice, text = await maker.make(output)
+        try:
+            choice, text = await maker.make(output)
+        except Exception as failure:  # as vLLM says that its grammar has refused a token
+            why, tokens = f"{type(failure).__name__}: {failure}", len(completion.token_ids)
+            self._send(wire.Sample(ref, number, "failed", tokens=tokens, error=why))
+            return
         self._send(
             wire.Sample(
                 ref,

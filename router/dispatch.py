@@ -147,6 +147,7 @@ class Fanout:
     _watched: set[Worker] = field(default_factory=set)
     _ticket_id: bytes = field(default_factory=lambda: secrets.token_bytes(16))
     _redrawn: set[int] = field(default_factory=set)
+    _cancelled: set[int] = field(default_factory=set)
     _ends_at: float = float("inf")
     _prefill_retried: bool = False
     _closed: bool = False
@@ -214,11 +215,14 @@ class Fanout:
                 yield answer
 
     def cancel(self, indices: Sequence[int]) -> None:
-        """Stop single samples (mode ``samples``). Idempotent; their ``Sample`` still comes."""
+        """Stop single samples (mode ``samples``) for good: no other worker draws them.
+
+        Idempotent; their ``Sample`` still comes.
+        """
+        self._cancelled.update(indices)
         for share in self.shares:
-            mine = tuple(i for i in indices if share.first <= i < share.first + share.n)
-            if mine and not share.ended and share.dispatch is not None:
-                self.cluster.link.send(share.worker, wire.Cancel(share.dispatch.ref, mine))
+            if not share.ended:
+                self._stop(share, [i for i in indices if share.first <= i < share.first + share.n])
 
     def redraw(self, indices: Sequence[int]) -> None:
         """Draw samples once more on other workers than they run on (mode ``samples``), as far as there are
@@ -256,12 +260,14 @@ class Fanout:
         """Have the decode workers let go of kept samples. Idempotent."""
         if self.job.keep:
             for share in self.shares:
-                names = tuple(self.kept(i) for i in range(share.first, share.first + share.n))
+                names = tuple(self.kept(share, i) for i in range(share.first, share.first + share.n))
                 self.cluster.link.send(share.worker, wire.Forget(names))
 
-    def kept(self, number: int) -> str:
-        """What a decode worker knows a kept sample by."""
-        return f"{self.job.request_id}-{number}" if self.job.keep else ""
+    def kept(self, share: Share, number: int) -> str:
+        """What a share's decode worker knows a kept sample by; empty if none is kept."""
+        if not self.job.keep or share.dispatch is None:
+            return ""
+        return wire.kept_name(share.dispatch.ref, number)
 
     # Sending
 
@@ -364,12 +370,10 @@ class Fanout:
         if share.ended or dispatch is not share.dispatch:
             return []  # what a worker said before the share left it
         share.heard = asyncio.get_running_loop().time()
-        if (
-            isinstance(message, wire.Head | wire.GroupDone)
-            and message.status in _BUSY
-            and self._move(share, "busy")
-        ):
-            return []
+        if isinstance(message, wire.Head | wire.GroupDone) and message.status in _BUSY:
+            if self._move(share, "busy"):
+                return []
+            return [*self._given_up(share), *self._from_share(share, message)]
         if isinstance(message, wire.Head | wire.Body | wire.Sample | wire.GroupDone):
             return self._from_share(share, message)
         return []
@@ -420,11 +424,19 @@ class Fanout:
                 self._replace_producer(producer, "prefill_lost")
         for share in [s for s in self.shares if s.worker is gone.worker and not s.ended]:
             if not self._move(share, "decode_lost"):
+                answers += self._given_up(share)
                 if share.begun and self.job.mode == "samples":
                     self._redraw(share, share.left, "decode_lost")
                 error = Unavailable("The decode worker of this request is gone.", retry_after_s=RETRY_AFTER_S)
                 answers.append(self._fail(share, error))
         return answers
+
+    def _given_up(self, share: Share) -> list[tuple[Share, FromShare]]:
+        """The cancelled samples of a share that tells of them no more."""
+        numbers = [i for i in share.left if i in self._cancelled]
+        share.told.update(numbers)
+        ref = 0 if share.dispatch is None else share.dispatch.ref
+        return [(share, wire.Sample(ref, i, "cancelled")) for i in numbers]
 
     def _fail(self, share: Share, error: BraidError) -> tuple[Share, FromShare]:
         share.ended = True
@@ -471,8 +483,10 @@ class Fanout:
                 self.cluster.link.send(share.worker, wire.Lost(share.dispatch.ref, reason, ticket))
 
     def _move(self, share: Share, reason: str) -> bool:
-        """Send a share that has not begun to another decode worker, once. False if it can't be."""
-        others = [] if share.begun or share.moved else self._decoders(share.worker)
+        """Send a share that has not begun to another decode worker, once. False if it can't be, or if none of
+        its samples is wanted any more."""
+        unwanted = self._cancelled.issuperset(share.left)
+        others = [] if share.begun or share.moved or unwanted else self._decoders(share.worker)
         if not others:
             return False
         if share.dispatch is not None:
@@ -489,12 +503,17 @@ class Fanout:
         if plan.prefill is not None:
             self._send_prefill(plan.prefill, [share])
         self._send_decode(share)
+        self._stop(share, [i for i in share.left if i in self._cancelled])
         return True
+
+    def _stop(self, share: Share, numbers: Sequence[int]) -> None:
+        if numbers and share.dispatch is not None:
+            self.cluster.link.send(share.worker, wire.Cancel(share.dispatch.ref, tuple(numbers)))
 
     def _redraw(self, share: Share, numbers: Sequence[int], reason: str) -> None:
         """Have another decode worker draw samples of a share, those for which it is the first time. The
         prompt is asked of a prefill worker again, which has it in its prefix cache."""
-        numbers = [i for i in numbers if i not in self._redrawn]
+        numbers = [i for i in numbers if i not in self._redrawn | self._cancelled]
         others = self._decoders(share.worker)
         if not numbers or not others:
             return
@@ -510,9 +529,7 @@ class Fanout:
         if plan.prefill is not None:
             self._send_prefill(plan.prefill, [again])
         self._send_decode(again)
-        between = tuple(i for i in range(again.first, again.first + n) if not again.owes(i))
-        if between and again.dispatch is not None:
-            self.cluster.link.send(again.worker, wire.Cancel(again.dispatch.ref, between))
+        self._stop(again, [i for i in range(again.first, again.first + n) if not again.owes(i)])
 
     # Time
 

@@ -129,6 +129,7 @@ class WorkerGroup:
         self.fanout = fanout
         self._outstanding = set(range(fanout.job.first, fanout.job.first + fanout.job.n))
         self._tokens: dict[Share, int] = {}
+        self._billed: set[Share] = set()
         self._produced = False
         self._held: list[Sample] = []
         self._samples = self._read()
@@ -149,6 +150,7 @@ class WorkerGroup:
         finally:
             await self._samples.aclose()
             self.fanout.close()
+            self._bill_rest()
             self._note_workers()
             self._end_span(exc[1])
 
@@ -195,7 +197,7 @@ class WorkerGroup:
                     error = self._on_done(share, message) or error
                     ended = self._missing(share, error)
                 case Failed(error):
-                    self.usage.completion_tokens += self._tokens.get(share, 0)
+                    self._bill(share, 0)
                     ended = self._missing(share, error)
                 case _:
                     continue
@@ -219,14 +221,14 @@ class WorkerGroup:
             self.fanout.end_within(COPY_S)
         self._produced = self._produced or message.state != "failed"
         ready, self._held = (
-            [*self._held, _sample(message, share.worker.name, self.fanout.kept(message.index))],
+            [*self._held, _sample(message, share.worker.name, self.fanout.kept(share, message.index))],
             [],
         )
         return ready
 
     def _on_done(self, share: Share, message: wire.GroupDone) -> BraidError | None:
         usage = self.usage
-        usage.completion_tokens += max(message.choice_tokens, self._tokens.get(share, 0))
+        self._bill(share, message.choice_tokens)
         usage.prompt_tokens = max(usage.prompt_tokens, message.prompt_tokens)
         usage.cached_tokens = max(usage.cached_tokens, message.cached_tokens)
         usage.continued_tokens = min(self._told, usage.prompt_tokens)
@@ -234,6 +236,21 @@ class WorkerGroup:
         self.fanout.cluster.estimates.learn(job.model, job.body, share.n, message)
         self._note_workers()
         return None if message.status == 200 else from_engine(message.status, message.body)
+
+    def _bill(self, share: Share, choice_tokens: int) -> None:
+        """Count a share's tokens, once: what it says that it has generated, or what its samples have."""
+        if share not in self._billed:
+            self._billed.add(share)
+            self.usage.completion_tokens += max(choice_tokens, self._tokens.get(share, 0))
+
+    def _bill_rest(self) -> None:
+        """Count what shares that told no usage have told otherwise: their end was not waited for."""
+        for share in self._tokens:
+            self._bill(share, 0)
+        if not self.usage.prompt_tokens:
+            self.usage.prompt_tokens = self.fanout.prompt_tokens
+            self.usage.cached_tokens = self.fanout.cached_tokens
+            self.usage.continued_tokens = min(self._told, self.usage.prompt_tokens)
 
     def _missing(self, share: Share, error: BraidError | None) -> list[Sample]:
         """The samples that a share ended without. Held back while nothing has been produced: then the

@@ -145,8 +145,8 @@ class _Stream:
                     case wire.Body():
                         if await self._on_body(share, message):
                             return
-        except DeadlineExceeded:
-            if self._direct is None or not self._direct.text:
+        except DeadlineExceeded as error:
+            if self._direct is None or not self._direct.text or error.code == "silent":
                 raise
             return await self._cut(self._direct)
         usage = self._joiner.usage or {"prompt_tokens": self._fanout.prompt_tokens or None}

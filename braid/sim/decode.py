@@ -352,7 +352,7 @@ class DecodeService:
         if sample.seat is not None:
             self.seats.leave(sample.seat, sequence.generated)
         if sequence.keep and sequence.blocks:
-            name = f"{message.request_id}-{sample.number}"
+            name = wire.kept_name(message.ref, sample.number)
             self._kept.add(name, sequence.tokens(0, sequence.known), sequence.blocks)
             sequence.blocks = []
         if message.mode == "samples":

@@ -115,16 +115,22 @@ class ForkedGroup:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        if not isinstance(exc[1], asyncio.CancelledError):
-            await self.cancel()
-            with contextlib.suppress(TimeoutError):  # a group has one reader: it must end before the exit
-                async with asyncio.timeout(_CLOSE_S):
-                    await asyncio.gather(*self._readers, return_exceptions=True)
-        for reader in self._readers:
-            reader.cancel()
-        await asyncio.gather(*self._readers, return_exceptions=True)
-        await self._leave(exc)
-        _sum_into(self.usage, [one.group.usage for one in self._groups])
+        failure: Sequence[object] = exc
+        try:
+            if not isinstance(exc[1], asyncio.CancelledError):
+                await self.cancel()
+                with contextlib.suppress(TimeoutError):  # a group has one reader: it must end before the exit
+                    async with asyncio.timeout(_CLOSE_S):
+                        await asyncio.gather(*self._readers, return_exceptions=True)
+        except BaseException as error:  # nobody waits any more: the branches are left at once
+            failure = (type(error), error, error.__traceback__)
+            raise
+        finally:
+            for reader in self._readers:
+                reader.cancel()
+            await asyncio.gather(*self._readers, return_exceptions=True)
+            await self._leave(failure)
+            _sum_into(self.usage, [one.group.usage for one in self._groups])
 
     async def __aiter__(self) -> AsyncIterator[Sample]:
         running, produced = len(self._readers), False

@@ -91,6 +91,9 @@ async def _ask(
     keep = verifier is not None and verified.reads_on(verifier) and not level.last
     try:
         level.answers = await run.draw(question, len(level.numbers), settled=stop, keep=keep)
+        if run.stopped == "failed" and not level.last:  # this model's samples, not the run
+            run.stopped = None
+            level.error = next((one.sample.error for one in level.of(run.ended) if one.sample.error), "")
         if level.answers and not level.last:
             level.score = await judged(run, level, question, options.by, verifier)
     except BraidError as error:

@@ -69,7 +69,7 @@ async def test_a_sample_below_is_aborted_and_says_how_confident_it_was() -> None
     llm = Llm(of(9, 9, 1, 1, 9, 9, 9))
     run = Run(llm, 2, final=True, report=True)  # type: ignore[arg-type]
     run.job.watch = Watch(2, 1, least=1.5)
-    run.job.keep = "r"
+    run.job.keep = True
     await run.outputs()
     assert llm.aborted == ["r-0", "r-1"]
     assert run.job.confidence == {0: 1.0, 1: 1.0}
@@ -79,7 +79,7 @@ async def test_a_sample_below_is_aborted_and_says_how_confident_it_was() -> None
     ]
     assert run.job.generated == {0: 5, 1: 5}
     assert (llm.asked[0].logprobs, llm.asked[0].output_kind) == (1, RequestOutputKind.CUMULATIVE)
-    assert sorted(run.released) == ["r-0", "r-1"], "nothing goes on from it"
+    assert sorted(run.released) == ["0-0", "0-1"], "nothing goes on from it"
 
 
 @pytest.mark.slow

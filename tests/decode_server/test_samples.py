@@ -107,13 +107,13 @@ async def test_the_final_output_has_every_sample_in_order() -> None:
 async def test_kept_samples_are_remembered_with_their_tokens_and_others_let_go() -> None:
     llm = ScriptedLLM({"r-3": [5, 6], "r-4": [7], "r-5": [RuntimeError("no room")]})
     run = Run(llm, 3, final=True, first=3, report=True)
-    run.job.keep = "g"
+    run.job.ref, run.job.keep = 31, True
     run.job.cancelled.add(4)
     await run.outputs()
-    assert run.kept.tokens("g-3") == [*range(9), 5, 6]
+    assert run.kept.tokens("1f-3") == [*range(9), 5, 6]
     assert len(run.kept) == 1
-    assert sorted(run.released) == ["g-4", "g-5"]
-    assert llm.asked["r-3"].extra_args["kv_transfer_params"] == {"braid": "i0", "braid_keep": "g-3"}
+    assert sorted(run.released) == ["1f-4", "1f-5"]
+    assert llm.asked["r-3"].extra_args["kv_transfer_params"] == {"braid": "i0", "braid_keep": "1f-3"}
 
 
 async def test_nothing_is_kept_unasked() -> None:
@@ -470,13 +470,31 @@ async def test_samples_fork_from_a_prompt_that_was_computed_for_them(generate: C
     assert job is not None
     last = [o async for o in outputs][-1]
     lead, *samples = llm.asked.values()
-    assert list(llm.asked) == ["r0-lead", "r0-0", "r0-1", "r0-2"]
+    assert list(llm.asked) == ["r0-0-lead", "r0-0-0", "r0-0-1", "r0-0-2"]
     assert (lead.max_tokens, lead.n) == (1, 1)
     assert lead.extra_args == {"kv_transfer_params": {"braid_keep": "i0"}}
     assert [s.extra_args for s in samples] == [{"kv_transfer_params": {"braid": "i0"}}] * 3
     assert last.num_cached_tokens == 8  # what the lead found, not what it left for the samples
     assert prefixes.journal == ["released"]
     job.seats.check_integrity(idle=True)
+
+
+async def test_requests_of_one_id_have_engine_requests_of_their_own(generate: Callable[..., Any]) -> None:
+    """Clients choose their ids, and vLLM aborts all requests of a name: what one cancelled, ended another's."""
+    from decode_server.llm import JOB
+
+    llm, names = ScriptedLLM(), list[set[str]]()
+    for ref in (1, 2):
+        (outputs,) = generate(llm, LocalPrefixes([]), n=2)
+        job = JOB.get()
+        assert job is not None
+        job.ref = ref
+        async for _ in outputs:
+            pass
+        names.append(set(llm.asked))
+        llm.asked.clear()
+    assert len(names[0]) == len(names[1]) == 3
+    assert not names[0] & names[1]
 
 
 async def test_prompts_of_a_body_keep_their_seeds_whichever_is_loaded_first(
@@ -494,7 +512,7 @@ async def test_prompts_of_a_body_keep_their_seeds_whichever_is_loaded_first(
     for part in (1, 0):
         prefixes.gates[part].set()
         await asyncio.wait_for(tasks[part], DEADLINE_S)
-    assert sorted(llm.asked) == ["r0-0", "r0-1", "r1-2", "r1-3"]
+    assert sorted(llm.asked) == ["r0-0-0", "r0-0-1", "r1-0-2", "r1-0-3"]
     assert len({params.seed for params in llm.asked.values()}) == 4
 
 
@@ -507,4 +525,4 @@ async def test_an_import_is_released_after_its_samples_have_ended(generate: Call
     await anext(outputs)
     await outputs.aclose()
     assert llm.ended[-1] == "released"
-    assert sorted(llm.ended[:-1]) == ["r0-0", "r0-1"]
+    assert sorted(llm.ended[:-1]) == ["r0-0-0", "r0-0-1"]

@@ -185,6 +185,33 @@ async def test_each_sample_is_reported_and_then_the_group(stand: Stand) -> None:
     assert (done.status, done.choice_tokens) == (200, 5)
 
 
+async def test_a_sample_whose_choice_cannot_be_made_fails_alone(
+    stand: Stand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The share ended with 500, and its counts and its KV record were lost."""
+
+    async def make(self: Any, output: Any) -> tuple[bytes, str]:
+        if output.outputs[0].text == "odd":
+            raise RuntimeError("a token that the grammar refuses")
+        return b"{}", output.outputs[0].text
+
+    async def samples(job: Any, receive: Any, send: Any) -> None:
+        job.generated.update({0: 2, 1: 2})
+        job.on_sample(0, completion("odd", "error"), "")
+        job.on_sample(1, completion("even"), "")
+        await answer(job, receive, send)
+
+    monkeypatch.setattr(FakeChoices, "make", make)
+    stand.handler = samples
+    stand.start("samples")
+    *reports, done = await stand.idle()
+    assert {r.index: (r.state, r.tokens, r.error) for r in reports} == {
+        0: ("failed", 2, "RuntimeError: a token that the grammar refuses"),
+        1: ("finished", 2, ""),
+    }
+    assert (done.status, done.choice_tokens, done.kv is None) == (200, 4, False)
+
+
 async def test_a_cancelled_group_says_so(stand: Stand) -> None:
     stand.handler = hang
     stand.start("samples")

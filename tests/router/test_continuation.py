@@ -38,7 +38,7 @@ async def test_a_verification_runs_where_the_answer_was_made_and_is_not_prefille
     seen: set[int] = set()
     for worker in decoders:
         (answers,), chains = groups(worker)
-        assert {c.after for c in chains} == {f"{answers.request_id}-{i}" for i in numbers(answers)}
+        assert {c.after for c in chains} == {f"{answers.ref:x}-{i}" for i in numbers(answers)}
         assert {(c.ticket, c.reason) for c in chains} == {(None, "continued")}
         seen |= {i for decode in (answers, *chains) for i in numbers(decode)}
     assert seen == set(range(4 + 4 * 2))
@@ -70,7 +70,7 @@ async def test_kept_samples_are_forgotten_when_the_request_ends(stand: Stand) ->
     await stand.post(CHAT, chat(reasoning=GENRM))
     forgotten = await d.expect(wire.Forget)
     (answers,), _ = groups(d)
-    assert forgotten.names == tuple(f"{answers.request_id}-{i}" for i in range(4))
+    assert forgotten.names == tuple(f"{answers.ref:x}-{i}" for i in range(4))
 
 
 async def test_an_answer_whose_worker_is_gone_is_verified_elsewhere(make_stand: MakeStand) -> None:
@@ -88,7 +88,7 @@ async def test_an_answer_whose_worker_is_gone_is_verified_elsewhere(make_stand: 
     task = asyncio.create_task(stand.post(CHAT, chat(reasoning={**GENRM, "n": 1, "k": 1})))
     await stand.until(lambda: bool(groups(d0)[1] or groups(d1)[1]))
     first, second = (d0, d1) if groups(d0)[1] else (d1, d0)
-    assert [c.after for c in groups(first)[1]] == [f"{groups(first)[0][0].request_id}-0"]
+    assert [c.after for c in groups(first)[1]] == [f"{groups(first)[0][0].ref:x}-0"]
     await first.die()
     assert (await task).status_code == 200
     (moved,) = groups(second)[1]

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from braid import wire
-from tests.router.conftest import CHAT, Stand, chat
+from tests.router.conftest import CHAT, MakeStand, Stand, chat
 from tests.router.fake_worker import stream_until_gate
 from tests.router.test_cancel import connected
 
@@ -38,6 +38,17 @@ async def test_the_last_chunk_has_the_report_and_the_budget_bounds_the_tokens(st
     assert decode.mode == "http"
     assert 0 < decode.deadline_s <= 30
     assert msgspec.json.decode(decode.body)["max_tokens"] == 9
+
+
+async def test_a_worker_that_falls_silent_is_an_error_and_no_deadline(make_stand: MakeStand) -> None:
+    """It was told as an answer that had come to its end."""
+    stand = await make_stand(inter_token_timeout_s=0.2)
+    await stand.workers(decode=stream_until_gate)
+    options = {"strategy": "direct", "budget_tokens": 9}
+    reply = await stand.post(CHAT, chat(stream=True, reasoning=options))
+    *_, last = chunks(reply.text)
+    assert last["error"]["code"] == "silent"
+    assert "[DONE]" not in reply.text
 
 
 async def test_at_its_deadline_it_ends_with_what_it_has(stand: Stand) -> None:

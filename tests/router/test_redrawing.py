@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from typing import Any
 
 import msgspec
+import pytest
 
 from braid import wire
-from tests.router.conftest import CHAT, Stand, chat
+from router.dispatch import Fanout
+from tests.router.conftest import CHAT, MakeStand, Stand, chat
 from tests.router.fake_worker import FakeWorker, Script, group_done, sample, silent
 
 VOTE = {"strategy": "self_consistency", "n": 4, "cot": False, "early_stop": False}
@@ -115,6 +118,55 @@ async def test_a_cut_straggler_is_not_waited_for(stand: Stand) -> None:
     assert not d1.got(wire.Decode)
 
 
+@pytest.mark.parametrize("told", [(0, 1, 2), ()], ids=["begun", "not begun"])
+@pytest.mark.parametrize("on_failure", ["partial", "all"])
+async def test_a_cancelled_sample_is_not_drawn_again(
+    stand: Stand, told: tuple[int, ...], on_failure: str
+) -> None:
+    """The answer was decided, and waited for a whole new generation."""
+    request, d0, d1 = await begun(stand, telling(*told), early_stop=True, on_failure=on_failure)
+    if told:
+        assert (await d0.expect(wire.Cancel)).samples == (3,)
+    else:
+        (share,) = _shares(stand)
+        (fanout,) = _fanouts(share)
+        fanout.cancel(range(4))
+    await d0.die()
+    reply = await request
+    assert d1.got(wire.Decode) == []
+    if told:
+        assert [state for _, state, _ in states(reply)] == ["finished"] * 3 + ["stopped_early"]
+        assert reply.json()["reasoning"]["stopped_early"] == "decided"
+
+
+async def test_of_a_share_that_moves_what_was_cancelled_stays_cancelled(stand: Stand) -> None:
+    request, d0, d1 = await begun(stand, silent)
+    (share,) = _shares(stand)
+    (fanout,) = _fanouts(share)
+    fanout.cancel((1, 2))
+    await d0.die()
+    assert (await d1.expect(wire.Decode)).first == 0
+    reply = await request
+    assert (await d1.expect(wire.Cancel)).samples == (1, 2)
+    assert [state for _, state, _ in states(reply)] == [
+        "finished",
+        "stopped_early",
+        "stopped_early",
+        "finished",
+    ]
+
+
+async def test_at_the_requests_own_deadline_the_tokens_are_counted(make_stand: MakeStand) -> None:
+    """They are told when a share ends, which nobody waited for: an answer of two samples had cost nothing."""
+    stand = await make_stand(request_timeout_s=1.0)
+    await stand.workers(decode=telling(0, 2))
+    reply = await stand.post(CHAT, chat(reasoning=VOTE))
+    assert reply.status_code == 200
+    assert reply.json()["reasoning"]["stopped_early"] == "deadline"
+    usage = reply.json()["usage"]
+    assert (usage["completion_tokens"], usage["prompt_tokens"] > 0) == (10, True)
+
+
 async def test_at_the_deadline_the_answer_does_not_wait_for_a_slow_worker(stand: Stand) -> None:
     """The worker never answers the cancel, and the close of a group would wait five seconds for it."""
     loop = asyncio.get_running_loop()
@@ -133,6 +185,11 @@ async def test_nothing_finished_by_the_deadline_is_a_504_that_says_so(stand: Sta
     reply = await request
     assert reply.status_code == 504
     assert "within deadline_s" in reply.json()["error"]["message"]
+
+
+def _fanouts(share: Any) -> list[Any]:
+    """The fan-outs that run a share."""
+    return [one for one in gc.get_objects() if isinstance(one, Fanout) and share in one.shares]
 
 
 def _shares(stand: Stand) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -66,6 +67,23 @@ async def test_a_decided_vote_cancels_the_rest_and_counts_their_tokens(
         stopped += sum(s["state"] == "stopped_early" for s in samples)
     assert stopped > 0
     await system.settled()
+
+
+async def test_two_requests_of_one_id_do_not_end_each_other(
+    system: System, problems: list[dict[str, str]]
+) -> None:
+    """A decided vote cancelled samples of whoever had sent the same ``x-request-id``."""
+    vote = {"strategy": "self_consistency", "n": 16, "extractor": "regex", "pattern": "(answer)"}
+    named = {"x-request-id": "one-of-two"}
+    long = body("x", n=16, temperature=1.0, max_tokens=400, ignore_eos=True)
+    plain = asyncio.create_task(system.client.post("/v1/chat/completions", json=long, headers=named))
+    stopped = 0
+    while not plain.done():
+        request = body(question(problems[3]), reasoning=vote)
+        reply = await system.client.post("/v1/chat/completions", json=request, headers=named)
+        stopped += sum(s["state"] == "stopped_early" for s in reply.json()["reasoning"]["samples"])
+    assert stopped > 0
+    assert {choice["finish_reason"] for choice in (await plain).json()["choices"]} == {"length"}
 
 
 async def test_progress_is_streamed_before_the_answer(system: System, problems: list[dict[str, str]]) -> None:

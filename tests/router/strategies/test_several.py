@@ -193,6 +193,20 @@ async def test_at_the_budget_the_cheap_answer_counts() -> None:
     assert (got.report["stopped_early"], got.report["model"]) == ("budget_tokens", "small")
 
 
+async def test_a_model_amid_the_others_that_cannot_be_served_is_passed_over() -> None:
+    """The cheapest model's answer, which was not accepted, was the cascade's."""
+    sampler = Scripted(
+        [*says(4, 5), *says(6, 6, first=2), *says(7, first=4)], errors={2: Unavailable("none is ready")}
+    )
+    got, _ = await ask("cascade", sampler, n=2, models=["small", "medium", "large"])
+    assert got.report["answer"] == "7"
+    assert [one.get("error", "") for one in got.report["models"]] == ["", "none is ready", ""]
+    assert got.report["stopped_early"] is None
+    again = Scripted(sampler.samples, errors=sampler.errors)
+    with pytest.raises(Unavailable, match="none is ready"):
+        await ask("cascade", again, n=2, models=["small", "medium", "large"], on_failure="all")
+
+
 async def test_all_failing_is_an_error_and_a_deadline_is_not_passed_over() -> None:
     failed = [sample(i, state="failed") for i in range(3)]
     with pytest.raises(UpstreamFailed):
