@@ -480,7 +480,7 @@ async def test_samples_fork_from_a_prompt_that_was_computed_for_them(generate: C
 
 
 async def test_requests_of_one_id_have_engine_requests_of_their_own(generate: Callable[..., Any]) -> None:
-    """Clients choose their ids, and vLLM aborts all requests of a name: what one cancelled, ended another's."""
+    """Clients choose their ids, and vLLM aborts all requests of a name: what one cancels ends another's."""
     from decode_server.llm import JOB
 
     llm, names = ScriptedLLM(), list[set[str]]()

@@ -151,10 +151,10 @@ async def test_a_kept_sample_is_gone_on_from_and_forgotten(desk: Desk) -> None:
     sample = await desk.until(wire.Sample)
     await desk.until(wire.GroupDone)
     assert desk.pool.free_blocks < desk.pool.blocks
-    desk.decode(2, text + sample.text + " And now?", n=1, after="r1-0")
+    desk.decode(2, text + sample.text + " And now?", n=1, after="1-0")
     done = await desk.until(wire.GroupDone, 2)
     assert done.cached_tokens == (len(text) + len(sample.text)) // 4
-    desk.service.forget(wire.Forget(("r1-0", "unknown")))
+    desk.service.forget(wire.Forget(("1-0", "unknown")))
     assert desk.pool.free_blocks == desk.pool.blocks
 
 
