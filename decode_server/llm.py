@@ -185,9 +185,8 @@ class DecodeLLM(AsyncLLM):
             async for output in super().generate(prompt, sampling_params, request_id, **options):
                 yield output
             return
-        request_id = (
-            f"{request_id}-{job.ref:x}"  # clients choose theirs, and vLLM aborts all that have the same
-        )
+        # Clients choose their ids, and vLLM aborts all requests that have the same.
+        request_id = f"{request_id}-{job.ref:x}"
         if job.beams is not None:
             async for output in self._beam_step(job, prompt, sampling_params, request_id, options):
                 yield output
