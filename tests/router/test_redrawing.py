@@ -189,7 +189,7 @@ async def test_nothing_finished_by_the_deadline_is_a_504_that_says_so(stand: Sta
 
 def _fanouts(share: Any) -> list[Any]:
     """The fan-outs that run a share."""
-    return [one for one in gc.get_objects() if isinstance(one, Fanout) and share in one.shares]
+    return [one for one in gc.get_objects() if type(one) is Fanout and share in one.shares]
 
 
 def _shares(stand: Stand) -> list[Any]:
