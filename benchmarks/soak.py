@@ -220,9 +220,9 @@ class Soak:
                 for worker, root in dict(self.cluster.pids).items():
                     for pid in family(root):
                         if found := memory(pid):
-                            name, *now = found
-                            before = least.get((worker, pid, name), (now[0], now[1]))
-                            least[worker, pid, name] = (min(before[0], now[0]), min(before[1], now[1]))
+                            name, mib, own = found
+                            before = least.get((worker, pid, name), (mib, own))
+                            least[worker, pid, name] = (min(before[0], mib), min(before[1], own))
             at = time.monotonic() - self.started
             self.rss += [Rss(round(at, 1), w, pid, name, *both) for (w, pid, name), both in least.items()]
             progress(

@@ -129,7 +129,6 @@ class WorkerGroup:
         self.fanout = fanout
         self._outstanding = set(range(fanout.job.first, fanout.job.first + fanout.job.n))
         self._tokens: dict[Share, int] = {}
-        self._billed: set[Share] = set()
         self._produced = False
         self._held: list[Sample] = []
         self._samples = self._read()
@@ -239,13 +238,11 @@ class WorkerGroup:
 
     def _bill(self, share: Share, choice_tokens: int) -> None:
         """Count a share's tokens, once: what it says that it has generated, or what its samples have."""
-        if share not in self._billed:
-            self._billed.add(share)
-            self.usage.completion_tokens += max(choice_tokens, self._tokens.get(share, 0))
+        self.usage.completion_tokens += max(choice_tokens, self._tokens.pop(share, 0))
 
     def _bill_rest(self) -> None:
         """Count what shares that told no usage have told otherwise: their end was not waited for."""
-        for share in self._tokens:
+        for share in list(self._tokens):
             self._bill(share, 0)
         if not self.usage.prompt_tokens:
             self.usage.prompt_tokens = self.fanout.prompt_tokens

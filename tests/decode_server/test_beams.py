@@ -206,9 +206,8 @@ async def test_a_search_that_is_no_longer_wanted_begins_no_step() -> None:
     assert (told.outputs[0].finish_reason, told.finished, engine.asked) == ("abort", True, [])
 
 
-async def test_a_search_has_room_for_its_prompt_before_it_takes_a_seat() -> None:
-    """Samples take their seats last: a search that waited for room in a seat waited for those whose samples
-    waited for that seat."""
+async def waiting() -> tuple[Engine, Any, Any, Any, asyncio.Task[list[Any]]]:
+    """A search that has its prompt and waits for the one seat, which another has."""
     from decode_server.prefix import Held
 
     seats, flow = open_seats(1)
@@ -218,6 +217,13 @@ async def test_a_search_has_room_for_its_prompt_before_it_takes_a_seat() -> None
     searching = asyncio.create_task(step(engine, job, [1, 2, 3], "r-0"))
     while not engine.acquired:
         await asyncio.sleep(0)
+    return engine, job, seats, other, searching
+
+
+async def test_a_search_has_room_for_its_prompt_before_it_takes_a_seat() -> None:
+    """Samples take their seats last: a search that waited for room in a seat waited for those whose samples
+    waited for that seat."""
+    engine, job, seats, other, searching = await waiting()
     assert (seats.stats(), engine.asked) == ({"seats_held": 1, "seats_waiting": 1}, [])
     seats.leave(other)
     await searching
@@ -231,15 +237,7 @@ async def test_a_search_has_room_for_its_prompt_before_it_takes_a_seat() -> None
 
 
 async def test_a_search_that_is_cancelled_before_its_seat_begins_no_step() -> None:
-    from decode_server.prefix import Held
-
-    seats, flow = open_seats(1)
-    engine, job = Engine(Held("i1", wire.KvRecord("remote"), 3, cached=4)), job_of()
-    job.seats = seats
-    other = seats.ask(flow, lambda seated: None)
-    searching = asyncio.create_task(step(engine, job, [1, 2, 3], "r-0"))
-    while not engine.acquired:
-        await asyncio.sleep(0)
+    engine, job, seats, other, searching = await waiting()
     job.cancelled.add(0)
     job.give_up((0,))
     (told,) = await searching
