@@ -73,6 +73,22 @@ class Rss(msgspec.Struct):
     own: float
 
 
+class Heap(msgspec.Struct):
+    """What a process said of its heap after it gave back what was free (`braid/heap.py`), in MiB.
+
+    Attributes:
+        at: seconds into the run.
+        process: `decode-0` is the worker's server, `decode-0/worker` the process of vLLM that computes.
+        anonymous: resident memory that is neither of files nor shared.
+        in_use: what its allocator has handed out; None if its C library doesn't tell.
+    """
+
+    at: float
+    process: str
+    anonymous: float
+    in_use: float | None
+
+
 class Soak:
     """One run against a started cluster."""
 
@@ -87,6 +103,7 @@ class Soak:
         self.rss: list[Rss] = []
         self.known: list[tuple[dict[str, Any], str]] = []
         self.started = time.monotonic()
+        self.started_at = time.time()
         self.last_fault = 0.0
 
     async def learn(self) -> None:
@@ -264,6 +281,7 @@ class Soak:
             return not await self.held()
 
         await self.until(nothing_held, REST_S)
+        heaps = self.heaps()
         return {
             "outcomes": dict(self.outcomes),
             "paths": dict(self.paths),
@@ -272,8 +290,21 @@ class Soak:
             "held_at_the_end": await self.held(),
             "last_fault_s": round(self.last_fault, 1),
             "rss_slopes": slopes(self.rss, self.last_fault),
+            "heap_slopes": heap_slopes(heaps, self.last_fault),
             "rss": self.rss,
+            "heaps": heaps,
         }
+
+    def heaps(self) -> list[Heap]:
+        """What every process logged of its heap."""
+        found = []
+        for worker in self.cluster.pids:
+            for line in (self.cluster.run_dir / f"{worker}.log").read_bytes().splitlines():
+                if b'"event": "heap"' in line:
+                    told = msgspec.json.decode(line)
+                    at = round(told["ts"] - self.started_at, 1)
+                    found.append(Heap(at, told["process"], told["anonymous_mib"], told.get("in_use_mib")))
+        return found
 
 
 def slopes(samples: Sequence[Rss], since: float) -> list[dict[str, Any]]:
@@ -300,6 +331,26 @@ def slopes(samples: Sequence[Rss], since: float) -> list[dict[str, Any]]:
                     "highest_at_minute": round(max(warm, key=lambda s: s.mib).at / 60, 1),
                 }
             )
+    return found
+
+
+def heap_slopes(heaps: Sequence[Heap], since: float) -> list[dict[str, Any]]:
+    """As :func:`slopes`, of what processes said of their heaps."""
+    begun = since + WARM_S
+    lives: dict[str, list[Heap]] = defaultdict(list)
+    for heap in heaps:
+        if heap.at >= begun:
+            lives[heap.process].append(heap)
+    found = []
+    for process, life in sorted(lives.items()):
+        if len(life) > 3 and life[-1].at - life[0].at >= LEAST_S:
+            row: dict[str, Any] = {"process": process, "minutes": round((life[-1].at - life[0].at) / 60, 1)}
+            for key in ("anonymous", "in_use"):
+                points = [(h.at / 3600, v) for h in life if (v := getattr(h, key)) is not None]
+                if len(points) > 3:
+                    at, values = zip(*points, strict=True)
+                    row |= {f"{key}_quarters": _quarters(values), f"{key}_an_hour": _slope(at, values)}
+            found.append(row)
     return found
 
 
@@ -365,7 +416,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         **found,
     }
     print(f"result: {keep(result, 'soak', args.out / f'soak-{begun:%Y%m%d-%H%M%S}.json')}")
-    show(found, {"rss"})
+    show(found, {"rss", "heaps"})
     return 1 if found["wrong"] or found["held_at_the_end"] else 0
 
 

@@ -72,7 +72,8 @@ class SchedulerSide:
         meta = StepMeta(copies=copies)
         if self.options.role == "prefill":
             for new in output.scheduled_new_reqs:
-                self._start_saving(new)
+                if new.req_id not in self.saving:  # vLLM's V2 runner hears of resumed ones as new
+                    self._start_saving(new)
             cached = output.scheduled_cached_reqs
             before = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
             before.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))

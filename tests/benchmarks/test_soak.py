@@ -115,6 +115,36 @@ def test_memory_is_followed_from_the_last_fault_on() -> None:
     assert found["minutes"] == pytest.approx((3600 - 1300 - soak.WARM_S) / 60, abs=1)
 
 
+def test_heaps_are_read_from_the_logs_of_the_workers_and_followed_from_the_last_fault_on(
+    tmp_path: Path,
+) -> None:
+    cluster = SimpleNamespace(url="http://router", pids={"router": 1, "decode-0": 2}, run_dir=tmp_path)
+    run = soak.Soak(cast("Any", cluster), 0)
+    lines = [
+        {
+            "ts": run.started_at + at,
+            "process": "decode-0/worker",
+            "event": "heap",
+            "anonymous_mib": 300 + at / 3600 if at > 1000 else 900.0,
+            "in_use_mib": 200.0,
+        }
+        for at in range(0, 3600, 60)
+    ]
+    (tmp_path / "decode-0.log").write_text(
+        "a line of vLLM\n" + "\n".join(json.dumps(line) for line in lines) + '\n{"event": "stopped"}\n'
+    )
+    no_mallinfo = {"ts": run.started_at, "process": "router", "event": "heap", "anonymous_mib": 40.0}
+    (tmp_path / "router.log").write_text(json.dumps(no_mallinfo) + "\n")
+    heaps = run.heaps()
+    assert (heaps[0].process, heaps[0].at, heaps[0].in_use) == ("router", 0.0, None)
+    assert len(heaps) == 1 + len(lines)
+    (found,) = soak.heap_slopes(heaps, since=1000)
+    assert found["process"] == "decode-0/worker"
+    assert (found["anonymous_an_hour"], found["in_use_an_hour"]) == (1.0, 0.0)
+    assert found["in_use_quarters"] == [200.0] * 4
+    assert found["minutes"] == pytest.approx((3600 - 1000 - soak.WARM_S) / 60, abs=1.5)
+
+
 async def test_what_a_process_holds_for_a_moment_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Samples once in half a minute rose and fell with the trims of heaps, which come as often."""
     seen = iter([("core", 50.0, 40.0), ("core", 70.0, 30.0), ("core", 60.0, 35.0)])
@@ -130,7 +160,7 @@ async def test_what_a_process_holds_for_a_moment_is_left_out(monkeypatch: pytest
         return found
 
     monkeypatch.setattr(soak, "memory", weigh)
-    monkeypatch.setattr(soak, "time", SimpleNamespace(monotonic=lambda: clock))
+    monkeypatch.setattr(soak, "time", SimpleNamespace(monotonic=lambda: clock, time=lambda: 0.0))
     run = soak.Soak(cast("Any", SimpleNamespace(url="http://router", pids={"decode-0": 7})), 0)
     await run.watch(until=60.0)
     await run.client.aclose()

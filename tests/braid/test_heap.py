@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import subprocess
 import sys
 
 import pytest
+
+from braid.heap import allocated
 
 CODE = """
 import gc
@@ -28,6 +31,8 @@ def test_a_collection_looks_at_new_objects_only() -> None:
 FRAGMENT = """
 import time
 from braid.heap import anonymous_bytes, keep_heap_trimmed
+from braid.log import configure
+configure("p/worker")
 large, kept = [], []
 for _ in range(2000):
     large.append(bytes(64 * 1024))
@@ -46,7 +51,38 @@ print(full, freed, anonymous_bytes())
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators need no trim")
 def test_what_was_freed_between_what_stays_goes_back_to_the_kernel() -> None:
     """Workers grew by tens of MiB an hour of memory that they had freed."""
-    out = subprocess.run([sys.executable, "-c", FRAGMENT], check=True, capture_output=True, text=True).stdout
-    full, freed, trimmed = map(int, out.split())
+    told = subprocess.run([sys.executable, "-c", FRAGMENT], check=True, capture_output=True, text=True)
+    full, freed, trimmed = map(int, told.stdout.split())
     assert freed > 0.9 * full, "glibc gives it back by itself: the trimmer has no purpose"
     assert trimmed < full / 2
+    (heap,) = (line for line in map(json.loads, told.stderr.splitlines()) if line["event"] == "heap")
+    assert heap["process"] == "p/worker"
+    assert heap["trimmed_mib"] * 2**20 == pytest.approx(freed - trimmed, rel=0.2)
+    assert heap["anonymous_mib"] < 0.6 * full / 2**20
+
+
+IN_USE = """
+from braid.heap import allocated
+def told():
+    found = allocated()
+    return found.in_use, found.free
+print(*told())
+large, kept = [], []
+for _ in range(1000):
+    large.append(bytes(64 * 1024))
+    kept.append(bytes(1024))
+mapped = bytes(64 * 1024 * 1024)
+print(*told())
+del large, mapped
+print(*told())
+"""
+
+
+@pytest.mark.skipif(allocated() is None, reason="the C library does not tell")
+def test_what_is_in_use_is_told_apart_from_holes() -> None:
+    out = subprocess.run([sys.executable, "-c", IN_USE], check=True, capture_output=True, text=True).stdout
+    (before, _), (full, _), (after, holes) = (map(int, line.split()) for line in out.splitlines())
+    taken = 1000 * 64 * 1024
+    assert full - before == pytest.approx(taken + 64 * 2**20, rel=0.05)
+    assert full - after == pytest.approx(taken + 64 * 2**20, rel=0.05)
+    assert holes == pytest.approx(taken, rel=0.1)

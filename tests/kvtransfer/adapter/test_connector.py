@@ -97,6 +97,13 @@ def test_a_preempted_prompt_goes_on_where_it_was_in_its_new_blocks(steps: FakeSt
     assert saves(steps.step({"r": 1}, before={"r": 13})) == [(3, [24])]
 
 
+def test_a_preempted_prompt_that_is_told_as_new_goes_on_where_it_was(steps: FakeSteps) -> None:
+    """vLLM's second model runner hears of resumed requests as of new ones."""
+    steps.step({"r": 9}, [steps.new("r", 14)])
+    assert saves(steps.step({"r": 6}, [steps.new("r", 14, first=21)])) == []
+    assert saves(steps.step({"r": 7}, before={"r": 6})) == [(2, [23])]
+
+
 def test_a_step_that_does_not_schedule_a_request_saves_nothing_of_it(steps: FakeSteps) -> None:
     steps.step({"r": 6}, [steps.new("r", 14)])
     assert saves(steps.step({}, before={"r": 6})) == []
