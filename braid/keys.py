@@ -56,7 +56,8 @@ def apply_curve_server(sock: zmq.Socket[Any], folder: Path | None) -> None:
     """Make ``sock`` accept only clients that hold the cluster's keys. Call before ``bind``.
 
     Without a folder the socket stays plain. The first call on a context starts its authenticator, a
-    thread that :func:`stop_authenticator` ends; the context cannot terminate before that.
+    thread that :func:`stop_authenticator` ends; the context cannot terminate before that, and after it
+    nobody gets in any more.
     """
     if folder is None:
         return
@@ -66,6 +67,7 @@ def apply_curve_server(sock: zmq.Socket[Any], folder: Path | None) -> None:
     sock.curve_publickey = public
     sock.curve_secretkey = secret
     sock.zap_domain = _DOMAIN.encode()
+    sock.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # without the authenticator nobody gets in
 
 
 def apply_curve_client(sock: zmq.Socket[Any], folder: Path | None) -> None:
@@ -101,7 +103,7 @@ def _authenticate(context: zmq.Context[Any], public: bytes) -> None:
 
     with _lock:
         authenticator = _authenticators.get(context.underlying)
-        if authenticator is None:
+        if authenticator is None or authenticator.context.closed:  # an ended one had the same address
             authenticator = ThreadAuthenticator(context)
             authenticator.start()
             _authenticators[context.underlying] = authenticator

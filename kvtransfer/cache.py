@@ -73,8 +73,11 @@ class HostCache:
         self._pages = [_Pages(layers) for layers in self._groups]
         self.shapes = tuple(shape_of(layers) for layers in self._groups)
         self.blocks = self._groups[0][0].shape[0]
+        if any(layers[0].shape[0] != self.blocks for layers in self._groups):
+            raise ValueError("groups share one pool: each needs as many blocks as the others")
 
     def gather(self, group: int, block_ids: Sequence[int], out: torch.Tensor) -> None:
+        self._check(block_ids)
         target, ids = out.numpy(), np.asarray(block_ids, dtype=np.intp)
         whole = self._whole[group]
         if whole is not None:
@@ -87,8 +90,7 @@ class HostCache:
         check_rows(self.shapes[group], len(block_ids), rows, put)
         if not block_ids:
             return
-        if not 0 <= min(block_ids) <= max(block_ids) < self.blocks:
-            raise IndexError(f"{min(block_ids)}..{max(block_ids)} are not in a cache of {self.blocks} blocks")
+        self._check(block_ids)
         self._pages[group].write(np.asarray(block_ids, dtype=np.int64), rows.numpy(), put)
 
     def prepare(self, group: int, block_ids: Sequence[int], heads: int, put: int) -> _Prepared | None:
@@ -96,8 +98,13 @@ class HostCache:
         return self._pages[group].prepare(np.asarray(block_ids, dtype=np.int64), heads, put)
 
     def copy(self, group: int, source: int, target: int) -> None:
+        self._check((source, target))
         for layer in self._groups[group]:
             layer[target] = layer[source]
+
+    def _check(self, block_ids: Sequence[int]) -> None:
+        if block_ids and not 0 <= min(block_ids) <= max(block_ids) < self.blocks:
+            raise IndexError(f"{min(block_ids)}..{max(block_ids)} are not in a cache of {self.blocks} blocks")
 
 
 class _Pages:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import logging
 import secrets
@@ -115,7 +116,7 @@ class Consumer:
         self._codecs = dict(codecs or {})
         self._keys_dir = keys_dir
         self._id = secrets.token_bytes(16)
-        side = ConsumerSide(loop, self._id, self._lane, self._say)
+        side = ConsumerSide(loop, self._id_at, self._lane, self._say)
         self._transports = {t.name: t for t in transports(side)}
         self._waiter = Waiter(loop, "braid-kv-fence")
         self._sessions = itertools.count(1)
@@ -189,19 +190,29 @@ class Consumer:
             assert not load.failed or load.writing > 0
 
     def _in_range(self, spec: wire.Load) -> bool:
-        """Whether blocks and heads exist here; block 0 is never written."""
+        """Whether blocks and heads exist here, and no group is named twice; block 0 is never written."""
         shapes = self._cache.shapes
-        return bool(spec.sources) and all(
-            0 <= span.group < len(shapes)
-            and all(0 < block < self._cache.blocks for block in span.block_ids)
+        once = len({span.group for span in spec.spans}) == len(spec.spans)
+        return (
+            bool(spec.sources)
+            and once
             and all(
-                0 <= s.first < s.last and 0 <= s.put <= shapes[span.group].heads - (s.last - s.first)
-                for s in spec.sources
+                0 <= span.group < len(shapes)
+                and all(0 < block < self._cache.blocks for block in span.block_ids)
+                and all(
+                    0 <= s.first < s.last and 0 <= s.put <= shapes[span.group].heads - (s.last - s.first)
+                    for s in spec.sources
+                )
+                for span in spec.spans
             )
-            for span in spec.spans
         )
 
     # --- connections ---
+
+    def _id_at(self, endpoint: str) -> bytes:
+        """Of one a connection: a producer that has two endpoints would take the later for the first's next
+        session."""
+        return hashlib.blake2b(endpoint.encode(), key=self._id, digest_size=len(self._id)).digest()
 
     def _reach(self, endpoint: str) -> _Peer | None:
         """As :meth:`_peer`; None if no connection can be opened, as where descriptors have run out."""
@@ -295,7 +306,7 @@ class Consumer:
                     offers.append((name, transport.offer()))
                 except Unavailable as error:
                     log.info("kv_transport_unavailable", extra={"transport": name, "detail": str(error)})
-        self._send(peer, wire.Hello(self._id, peer.session, self._name, tuple(offers)))
+        self._send(peer, wire.Hello(self._id_at(peer.endpoint), peer.session, self._name, tuple(offers)))
 
     def _down(self, peer: _Peer) -> None:
         """There is no session: its subscriptions are void, their loads are resumed in the next one."""

@@ -71,6 +71,7 @@ class Lease(Generic[P]):
         at: where its memory begins once it is held.
         stretch: factor of its pieces' size, what suits all subscribers.
         wrapped: some subscriber's transport sends frames of pieces.
+        staged: by group, the block after the last that was handed over.
         writers: threads that fill a piece now.
         sent: bytes given to transports; ``early``: of those, before the last blocks were handed over.
     """
@@ -85,6 +86,7 @@ class Lease(Generic[P]):
     at: int = -1
     stretch: int = 1
     wrapped: bool = False
+    staged: dict[int, int] = field(default_factory=dict)
     writers: int = 0
     sent: int = 0
     early: int = 0

@@ -114,6 +114,12 @@ class Producer:
         codec: str = "",
         keys_dir: Path | None = None,
     ) -> None:
+        largest = max(shape.block_bytes for shape in shapes)
+        if largest > wire.MAX_PAYLOAD:
+            raise ValueError(
+                f"a block of {largest} bytes is over the {wire.MAX_PAYLOAD} that can be sent at a time: "
+                "choose a smaller block size"
+            )
         self._loop = loop
         self._epoch = epoch
         self._shapes = tuple(shapes)
@@ -173,6 +179,8 @@ class Producer:
         )
         spans = {span.group: span for span in message.spans}
         try:
+            if len(spans) < len(message.spans):
+                raise ValueError(f"a group is named twice: {message.spans}")
             nbytes = sum(self._bytes_of(span) for span in message.spans)
             self.table.open(Lease(message.key, manifest, spans, nbytes, message.subscribers))
         except ValueError as error:
@@ -191,8 +199,11 @@ class Producer:
 
         What ``fill`` raises is raised, and ends the lease as ``copy_failed``.
 
-        ``fill`` is called here, once a piece; blocks are sent as soon as its fence has passed. Blocks come
-        in order, per group. Returns whether the lease is still there.
+        ``fill`` is called here, once a piece; blocks are sent as soon as its fence has passed. Blocks of a
+        group come in order, each once. Returns whether the lease is still there.
+
+        Raises:
+            ValueError: blocks that are not in the lease, or do not follow the last; ends it just so.
         """
         with self._lock:
             lease = self.table.held.get(key)
@@ -202,6 +213,7 @@ class Producer:
         lease.early = lease.sent
         well = False
         try:
+            self._follow(lease, group, first, count)
             block_bytes = self._shapes[group].block_bytes
             piece_bytes = min(self._piece_bytes * lease.stretch, wire.MAX_PAYLOAD // 2)
             for run in pieces(0, count, block_bytes, piece_bytes):
@@ -222,11 +234,22 @@ class Producer:
             if not well:  # what follows would have a gap before it
                 self._loop.call_soon(partial(self._spoil, lease))
 
+    def _follow(self, lease: Lease[Piece], group: int, first: int, count: int) -> None:
+        """These blocks are staged now. Raises ValueError if they can't be."""
+        span = lease.spans.get(group)
+        if span is None or not span.first <= first <= first + count <= span.first + span.count:
+            raise ValueError(
+                f"blocks [{first}, {first + count}) of group {group} are not in the lease's {span}"
+            )
+        with self._lock:
+            expected = lease.staged.get(group, span.first)
+            if first != expected:
+                raise ValueError(f"block {first} of group {group} does not follow: {expected} is the next")
+            lease.staged[group] = first + count
+
     def _piece(self, lease: Lease[Piece], group: int, first: int, count: int) -> Piece:
         """The place of blocks in a lease's memory: groups one after the other, blocks in order."""
         span, shape = lease.spans[group], self._shapes[group]
-        if not span.first <= first < first + count <= span.first + span.count:
-            raise ValueError(f"blocks [{first}, {first + count}) are not in the lease's {span}")
         before = sum(s.count * self._shapes[g].block_bytes for g, s in lease.spans.items() if g < group)
         at = lease.at + before + (first - span.first) * shape.block_bytes
         end, layout = at + count * shape.block_bytes, (shape.layers, count, shape.heads, shape.row_bytes)
@@ -473,7 +496,8 @@ class Producer:
         if (reason := self.table.ended.get(message.key)) is not None:
             log.info("kv_subscription_late", extra={"peer": session.name, "reason": reason})
             return self._send(session, wire.Refused(message.sub, reason))
-        if len(message.wants) > len(self._shapes):
+        groups = len({want.group for want in message.wants})
+        if not groups == len(message.wants) <= len(self._shapes):
             log.warning("kv_bad_blocks", extra={"peer": session.name, "security": True})
             return self._send(session, wire.Refused(message.sub, "bad_blocks"))
         early = not self.table.knows(message.key)

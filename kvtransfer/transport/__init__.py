@@ -183,13 +183,13 @@ class ConsumerSide:
     """What a consumer lends its transports.
 
     Attributes:
-        consumer: its id.
+        consumer: its id at an endpoint.
         connect: opens and registers a further connection to an endpoint; returns it and what closes it.
         send: sends a message on an endpoint's control lane.
     """
 
     loop: Loop
-    consumer: bytes
+    consumer: Callable[[str], bytes]
     connect: Callable[[str], tuple[Socket, Callable[[], None]]]
     send: Callable[[str, wire.Data], None]
 

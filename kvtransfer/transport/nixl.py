@@ -391,7 +391,7 @@ class NixlConsumer:
         self.agent.check()
         terms = _decode(welcome.data, Terms)
         peer = self.agent.add(terms.metadata)
-        tag = msgspec.msgpack.encode(Read(self._consumer, welcome.session))
+        tag = msgspec.msgpack.encode(Read(self._consumer(endpoint), welcome.session))
         return NixlReceiver(self, terms, tag, peer, deliver, broken)
 
     def linger(self) -> None:

@@ -96,6 +96,7 @@ class ZmqConsumer:
     """See :class:`kvtransfer.transport.ConsumerTransport`.
 
     Args:
+        consumer: the consumer's id at an endpoint.
         lanes: connections that carry payloads; 1 uses the control lane itself.
         connect: opens and registers a further connection to an endpoint; returns it and what closes it.
     """
@@ -103,7 +104,10 @@ class ZmqConsumer:
     name = "zmq"
 
     def __init__(
-        self, consumer: bytes, lanes: int, connect: Callable[[str], tuple[Socket, Callable[[], None]]]
+        self,
+        consumer: Callable[[str], bytes],
+        lanes: int,
+        connect: Callable[[str], tuple[Socket, Callable[[], None]]],
     ) -> None:
         self._consumer = consumer
         self._lanes = lanes
@@ -124,7 +128,7 @@ class ZmqConsumer:
             for _ in range(1, lanes):
                 socket, close = self._connect(endpoint)
                 closers.append(close)
-                socket.send(wire.encode(wire.Lane(self._consumer, welcome.session)), zmq.NOBLOCK)
+                socket.send(wire.encode(wire.Lane(self._consumer(endpoint), welcome.session)), zmq.NOBLOCK)
         except zmq.ZMQError as error:
             close_all()
             raise Unavailable(f"zmq: no further connection ({error})") from None

@@ -89,3 +89,30 @@ def test_without_keys_sockets_are_plain(context: zmq.Context[Any]) -> None:
     client = context.socket(zmq.DEALER)
     apply_curve_client(client, None)
     assert received(context, None, client)
+
+
+def test_without_its_authenticator_a_server_lets_nobody_in(context: zmq.Context[Any], keys: Path) -> None:
+    """ZMQ lets everybody in who knows the public key where nobody answers whether it may."""
+    client = context.socket(zmq.DEALER)
+    client.curve_serverkey = load_keys(keys)[0]
+    client.curve_publickey, client.curve_secretkey = zmq.curve_keypair()
+    client.linger = 0
+    with context.socket(zmq.ROUTER) as server, client:
+        apply_curve_server(server, keys)
+        stop_authenticator(context)
+        client.connect(f"tcp://127.0.0.1:{server.bind_to_random_port('tcp://127.0.0.1')}")
+        client.send(b"hello")
+        assert not server.poll(500)
+
+
+def test_a_context_at_the_place_of_one_that_has_ended_is_guarded_anew(keys: Path) -> None:
+    """Authenticators were known by their context's address, which is soon another's."""
+    for _ in range(5):
+        context: zmq.Context[Any] = zmq.Context()
+        try:
+            client = context.socket(zmq.DEALER)
+            client.curve_serverkey = load_keys(keys)[0]
+            client.curve_publickey, client.curve_secretkey = zmq.curve_keypair()
+            assert not received(context, keys, client)
+        finally:
+            context.destroy(linger=0)

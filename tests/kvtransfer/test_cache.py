@@ -183,6 +183,27 @@ def test_blocks_that_do_not_exist_are_refused_and_nothing_is_written(ids: list[i
     assert torch.equal(as_rows(layers), before)
 
 
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("ids", [[-1], [BLOCKS], [0, BLOCKS], [2, -3]])
+def test_blocks_that_do_not_exist_are_neither_gathered_nor_copied(ids: list[int], apart: bool) -> None:
+    """Others were, in their place."""
+    layers = make_layers(torch.bfloat16, apart)
+    before, cache = as_rows(layers), HostCache([Group(layers, HEADS)])
+    with pytest.raises(IndexError, match=f"cache of {BLOCKS}"):
+        gathered(cache, ids)
+    for source, target in ((ids[-1], 1), (1, ids[-1])):
+        with pytest.raises(IndexError, match=f"cache of {BLOCKS}"):
+            cache.copy(0, source, target)
+    assert torch.equal(as_rows(layers), before)
+
+
+def test_groups_share_one_pool_of_blocks() -> None:
+    """A block of the larger group was written behind the smaller one's layers."""
+    groups = [Group([torch.zeros(blocks, 2, 64)]) for blocks in (BLOCKS, BLOCKS - 1)]
+    with pytest.raises(ValueError, match="as many blocks"):
+        HostCache(groups)
+
+
 def test_rows_that_no_step_of_the_compiled_copy_divides_are_written_whole() -> None:
     layers = [torch.randint(0, 256, (BLOCKS, 1, 8, 21), dtype=torch.uint8) for _ in range(2)]
     rows = torch.randint(0, 256, (2, 2, 1, 168), dtype=torch.uint8)

@@ -451,6 +451,18 @@ def test_a_subscription_to_what_can_not_be_is_refused(
     _transfer_works(pair, make_key(7))
 
 
+def test_a_subscription_to_a_group_twice_is_refused(make_pair: Callable[..., Pair]) -> None:
+    """The first of its runs was never sent."""
+    pair = make_pair(groups=2)
+    stranger = RawConsumer(pair.endpoint, offers=("shm",))
+    try:
+        pair.p.open(KEY, 2)
+        stranger.subscribe(KEY, 1, 1, wants=(wire.Want(0, 0, 1), wire.Want(0, 1, 1)))
+        assert stranger.expect(wire.Refused) == wire.Refused(1, "bad_blocks")
+    finally:
+        stranger.close()
+
+
 @pytest.mark.parametrize("deadline_s", [float("nan"), float("inf"), float("-inf"), -1.0, 601.0])
 def test_a_deadline_out_of_range_is_refused_and_holds_no_memory(
     pair: Pair, stranger: RawConsumer, deadline_s: float

@@ -88,8 +88,17 @@ def test_heads_outside_of_the_cache_are_refused(pair: Pair, first: int, last: in
     assert pair.d.events.expect(wire.Failed, KEY).reason == "bad_blocks"
 
 
-@pytest.mark.parametrize("changes", [{"sources": ()}, {"spans": (wire.Span(1, 0, (1,)),)}])
-def test_a_load_from_nowhere_or_of_another_group_is_refused(pair: Pair, changes: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sources": ()},
+        {"spans": (wire.Span(1, 0, (1,)),)},
+        {"spans": (wire.Span(0, 0, (1,)), wire.Span(0, 1, (2,)))},
+    ],
+)
+def test_a_load_from_nowhere_of_another_group_or_of_a_group_twice_is_refused(
+    pair: Pair, changes: dict[str, object]
+) -> None:
     pair.d.load(KEY, pair.endpoint, (1,), **changes)
     assert pair.d.events.expect(wire.Failed, KEY).reason == "bad_blocks"
 

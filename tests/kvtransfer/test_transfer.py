@@ -7,13 +7,15 @@ import os
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from braid.keys import make_keys
 from kvtransfer import wire
-from tests.kvtransfer.ends import BLOCK_BYTES, Pair, contents, make_key, same
+from kvtransfer.producer import Producer
+from tests.kvtransfer.ends import BLOCK_BYTES, EPOCH, Pair, contents, make_key, same
 
 MakePair = Callable[..., Pair]
 KEY = make_key()
@@ -220,11 +222,20 @@ def test_a_prompt_that_can_never_fit_is_refused(make_pair: MakePair) -> None:
 
 
 @pytest.mark.parametrize(
-    "span", [wire.Want(1, 0, 1), wire.Want(-1, 0, 1), wire.Want(0, 0, -1), wire.Want(0, -1, 1)]
+    "spans",
+    [
+        (wire.Want(1, 0, 1),),
+        (wire.Want(-1, 0, 1),),
+        (wire.Want(0, 0, -1),),
+        (wire.Want(0, -1, 1),),
+        (wire.Want(0, 0, 1), wire.Want(0, 2, 1)),
+    ],
 )
-def test_a_lease_of_blocks_that_can_not_be_is_refused(make_pair: MakePair, span: wire.Want) -> None:
+def test_a_lease_of_blocks_that_can_not_be_is_refused(
+    make_pair: MakePair, spans: tuple[wire.Want, ...]
+) -> None:
     pair = make_pair()
-    pair.p.open(KEY, 1, spans=(span,))
+    pair.p.open(KEY, 1, spans=spans)
     pair.p.events.expect(wire.Closed, KEY)
     pair.p.settle()
 
@@ -278,6 +289,51 @@ def test_blocks_that_the_lease_lacks_can_not_be_staged(pair: Pair, first: int, c
         pair.p.end.stage(KEY, 0, first, count, lambda run, out: None)
     assert pair.p.events.expect(wire.Closed, KEY).reason == "copy_failed"
     pair.p.settle()
+
+
+@pytest.mark.parametrize("again", [(0, 1), (0, 2), (2, 1)])
+def test_blocks_are_staged_once_and_in_order(pair: Pair, again: tuple[int, int]) -> None:
+    """Staged twice they overwrote what a consumer read; after a gap the load waited for its deadline."""
+    pair.p.open(KEY, 3)
+    pair.p.publish(KEY, 0, [1])
+    written = []
+    with pytest.raises(ValueError, match="does not follow"):
+        pair.p.end.stage(KEY, 0, *again, lambda run, out: written.append(run))
+    assert not written
+    assert pair.p.events.expect(wire.Closed, KEY).reason == "copy_failed"
+    pair.p.settle()
+
+
+def test_a_block_that_no_payload_may_hold_is_refused_at_the_start() -> None:
+    """A consumer's socket took it for an attack, and every transfer ended as disconnected."""
+    unused: Any = None
+    with pytest.raises(ValueError, match="smaller block size"):
+        Producer(
+            unused,
+            unused,
+            bind="tcp://127.0.0.1:*",
+            epoch=EPOCH,
+            shapes=(wire.Shape(2, 1, wire.MAX_PAYLOAD // 2 + 1),),
+            arena=unused,
+            lease_s=1.0,
+            emit=unused,
+            transports=unused,
+            piece_bytes=1,
+            digests=unused,
+        )
+
+
+def test_one_producer_by_two_names_serves_both(make_pair: MakePair) -> None:
+    """Each name's session made the other's void, until their loads had been resumed too often."""
+    pair, other = make_pair(), make_key(2)
+    pair.d.load(KEY, pair.endpoint, (1,))
+    pair.d.load(other, pair.endpoint.replace("127.0.0.1", "localhost"), (2,))
+    pair.p.until(lambda: pair.p.end.table.early_subscribers == 2)
+    for key, block in ((KEY, 5), (other, 6)):
+        pair.p.open(key, 1)
+        pair.p.publish(key, 0, [block])
+    assert [pair.d.events.expect(wire.Loaded, key).retries for key in (KEY, other)] == [0, 0]
+    assert same(pair.p.cache, [5, 6], pair.d.cache, [1, 2])
 
 
 def test_a_copy_that_raises_ends_its_lease_and_who_waits_is_told(pair: Pair) -> None:

@@ -70,7 +70,7 @@ def consumer(monkeypatch: pytest.MonkeyPatch) -> NixlConsumer:
     monkeypatch.setattr(nixl, "Agent", ScriptedAgent)
     monkeypatch.setattr(nixl, "GRACE_S", -1.0)
     monkeypatch.setattr(nixl, "STUCK_S", 0.0)
-    return NixlConsumer(ConsumerSide(Loop("unused"), b"c" * 16, None, None))  # type: ignore[arg-type]
+    return NixlConsumer(ConsumerSide(Loop("unused"), lambda _: b"c" * 16, None, None))  # type: ignore[arg-type]
 
 
 def test_buffers_of_reads_that_were_given_up_come_back_when_these_end(consumer: NixlConsumer) -> None:
