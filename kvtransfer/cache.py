@@ -41,7 +41,11 @@ class Cache(Protocol):
     blocks: int
 
     def gather(self, group: int, block_ids: Sequence[int], out: torch.Tensor) -> Fence | None:
-        """Copy blocks into host memory ``out``, all heads."""
+        """Copy blocks into host memory ``out``, all heads.
+
+        Raises:
+            IndexError: the cache has no such block.
+        """
 
     def scatter(self, group: int, block_ids: Sequence[int], rows: torch.Tensor, put: int = 0) -> Fence | None:
         """Copy host ``rows`` into the blocks' heads from ``put`` on. ``rows`` may be strided and read-only.

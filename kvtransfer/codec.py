@@ -37,7 +37,8 @@ _MAX = torch.finfo(torch.bfloat16).max
 
 
 class Codec(Protocol):
-    """A lossy encoding of rows, applied by the producer when it stages and undone by the consumer.
+    """A lossy encoding of rows, applied by who fills staging (:func:`encoded_gather`) and undone
+    by the consumer.
 
     Attributes:
         name: as it stands in the manifest.

@@ -86,14 +86,15 @@ class Consumer:
     """Runs loads: subscribe, verify the manifest, write blocks as they come, acknowledge.
 
     Runs on ``loop``. Only this class writes the blocks of a load, and only between ``load`` and the
-    event that ends it (``Loaded`` or ``Failed``, exactly one). A load fails on: a manifest that does not
-    match what the server expects, a refusal, a digest that does not match, a connection lost more often
-    than it is resumed, its deadline, or ``unload``.
+    event that ends it (``Loaded`` or ``Failed``, exactly one, unless the loop stops before). A load fails
+    on: a manifest that does not match what the server expects, a refusal, a digest that does not match, a
+    connection lost more often than it is resumed, its deadline, or ``unload``.
 
     Args:
         cache: where blocks go.
         transports: makes those this consumer has, in order of preference.
         codecs: encodings this consumer takes, by name.
+        keys_dir: as a producer's.
     """
 
     def __init__(

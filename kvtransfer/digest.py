@@ -9,7 +9,7 @@ import xxhash
 
 Check = Literal["off", "sampled", "full"]
 SAMPLE = 16
-"""With ``sampled``, one parcel of this many carries a digest."""
+"""With ``sampled``, one staged piece of this many carries a digest, in every parcel of it."""
 
 
 class Digests:

@@ -214,7 +214,8 @@ class DeviceCache:
         thread one more copy.
 
         Raises:
-            ValueError: ``out`` has another shape, or a block does not exist.
+            ValueError: ``out`` has another shape.
+            IndexError: a block does not exist.
         """
         check_rows(self.shapes[group], len(block_ids), out, 0)
         if not out.is_contiguous() or out.shape[2] != self.shapes[group].heads:
@@ -252,7 +253,8 @@ class DeviceCache:
         others until this returns.
 
         Raises:
-            ValueError: the rows do not have the group's shape, or a block does not exist.
+            ValueError: the rows do not have the group's shape.
+            IndexError: a block does not exist.
         """
         check_rows(self.shapes[group], len(block_ids), rows, put)
         ids = self._upload(block_ids)
@@ -284,7 +286,7 @@ class DeviceCache:
         """Copy one block onto another on the current stream, all layers in one launch.
 
         Raises:
-            ValueError: a block does not exist.
+            IndexError: a block does not exist.
         """
         self._check((source, target))
         self._device.current().run(partial(self._groups[group].copy, source, target))
@@ -303,7 +305,7 @@ class DeviceCache:
 
     def _check(self, block_ids: Sequence[int]) -> None:
         if block_ids and not 0 <= min(block_ids) <= max(block_ids) < self.blocks:
-            raise ValueError(f"blocks {min(block_ids)} to {max(block_ids)} of a cache of {self.blocks}")
+            raise IndexError(f"blocks {min(block_ids)} to {max(block_ids)} of a cache of {self.blocks}")
 
 
 def _land(slot: _Slot, out: torch.Tensor) -> None:

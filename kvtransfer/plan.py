@@ -48,7 +48,7 @@ def hit_unit(groups: Sequence[Blocking]) -> int:
 
 
 def tail_start(prompt: int, unit: int) -> int:
-    """First token of the unit that holds the prompt's last token but one to compute.
+    """First token of the unit that holds the prompt's last token.
 
     A sample always computes the prompt's last token itself (it needs its logits), so a prefix cache
     can serve it tokens ``[0, tail_start)`` in whole units; what follows is what siblings copy.

@@ -94,7 +94,13 @@ class Producer:
         transports: makes those this producer has.
         piece_bytes: largest parcel (one block at least), but for a single subscriber whose transport likes
             them larger.
-        codec: names how rows are encoded ("" for not at all).
+        codec: names how ``fill`` encodes rows ("" for not at all); ``shapes`` are those of encoded ones.
+        keys_dir: the cluster's CURVE keys (:mod:`braid.keys`), None for none; who owns the context ends its
+            authenticator.
+
+    Raises:
+        ValueError: a block is larger than a payload may be.
+        OSError: it can't be served there.
     """
 
     def __init__(

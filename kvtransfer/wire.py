@@ -113,7 +113,8 @@ class Subscribe(_Msg, frozen=True, tag="sub"):
     """``epoch``: the producer's, from the ticket. ``heads``: range of the producer rank's heads.
 
     ``deadline_s``: the consumer counts no block that comes later than this after the subscription was
-    sent, so the producer may use the memory again then, whether or not it hears from the consumer.
+    sent, so the producer may use the memory again then, whether or not it hears from the consumer. 0 to
+    600. ``wants``: one run a group.
     """
 
     key: Key
@@ -141,9 +142,9 @@ class Blocks(_Msg, frozen=True, tag="blk"):
     """Blocks ``[first, first + count)`` of a group, shape ``[layers, count, heads, row_bytes]``, C order.
 
     ``at``, ``skip``, ``of`` and ``heads`` are for transports whose consumer reads the producer's staging
-    itself (else 0): at ``at`` lie ``of`` blocks, of which ``first`` is the one after ``skip``, with all
-    ``heads`` of the producer's rank. ``digest``: xxh3-64 of the payload as it lies in staging, 0 if not
-    computed.
+    itself (else 0, but that ``collective`` numbers parcels by ``at``): at ``at`` lie ``of`` blocks, of which
+    ``first`` is the one after ``skip``, with all ``heads`` of the producer's rank. ``digest``: xxh3-64 of the
+    payload as it lies in staging, 0 if not computed.
     """
 
     sub: int
@@ -188,7 +189,7 @@ class Refused(_Msg, frozen=True, tag="ref"):
 
 class Open(_Msg, frozen=True, tag="open"):
     """Server to producer: reserve staging for a prompt. ``spans``: the blocks of each group that will be
-    staged; ``subscribers`` consumers will pull."""
+    staged, one run a group; ``subscribers`` consumers will pull."""
 
     key: Key
     tokens: int
@@ -212,7 +213,8 @@ class Close(_Msg, frozen=True, tag="close"):
 
 
 class Closed(_Msg, frozen=True, tag="closed"):
-    """Producer to server: the lease has ended; ``reason`` is done | expired | what Close said.
+    """Producer to server: the lease has ended (done | expired | copy_failed | what Close said), or was
+    refused (another reason; of ``key is in use`` the lease there was goes on).
 
     ``sent``: bytes given to transports; ``early``: of those, before the last blocks were computed.
     """
@@ -244,7 +246,9 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like
 class Load(_Msg, frozen=True, tag="load"):
     """Server to consumer: fetch these blocks of ``key`` into these cache blocks, from every source.
 
-    Until ``Loaded`` or ``Failed`` the consumer owns the cache blocks; after either it never writes them.
+    Until ``Loaded`` or ``Failed`` the consumer owns the cache blocks; after either it never writes them (but
+    ``Failed(duplicate)`` answers a second load of a key, and the first goes on). ``spans``: one a group, of
+    blocks but block 0. ``deadline_s``: at most 600.
     ``block_size``: tokens of the producer's blocks, 0 if unknown: of this engine's size.
     """
 
@@ -289,6 +293,8 @@ class Loaded(_Msg, frozen=True, tag="loaded"):
 
 
 class Failed(_Msg, frozen=True, tag="failed"):
+    """The load has ended without all its blocks, for a reason of those in docs/kvtransfer.md."""
+
     key: Key
     reason: str
 

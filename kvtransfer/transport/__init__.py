@@ -8,7 +8,7 @@ again without that offer).
 To add one: implement :class:`ProducerTransport` with its :class:`Sender` and :class:`ConsumerTransport` with
 its :class:`Receiver`, over what the ends lend (:class:`ProducerSide`, :class:`ConsumerSide`), and name it in
 :mod:`kvtransfer.transport.select`. All methods are called by who holds the end's loop;
-none may block it.
+none may block it, but for ``close`` of an end, whose loop has stopped.
 """
 
 from __future__ import annotations

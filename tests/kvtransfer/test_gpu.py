@@ -356,11 +356,11 @@ def test_nothing_to_move_is_complete_at_once(machine: Machine) -> None:
 def test_what_does_not_fit_is_refused_and_writes_nothing(machine: Machine) -> None:
     group = plain(machine.place)
     cache = machine.cache([group])
-    with pytest.raises(ValueError, match="blocks 1 to 8"):
+    with pytest.raises(IndexError, match="blocks 1 to 8"):
         cache.gather(0, [1, 8], empty(cache, 0, 2))
-    with pytest.raises(ValueError, match="blocks -1 to"):
+    with pytest.raises(IndexError, match="blocks -1 to"):
         cache.scatter(0, [-1], empty(cache, 0, 1) + 1)
-    with pytest.raises(ValueError, match="of a cache of"):
+    with pytest.raises(IndexError, match="of a cache of"):
         cache.copy(0, 0, 8)
     with pytest.raises(ValueError, match="rows of shape"):
         cache.scatter(0, [1], empty(cache, 0, 2) + 1)
