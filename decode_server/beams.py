@@ -11,16 +11,28 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
 from vllm.outputs import CompletionOutput, RequestOutput
 
 from braid import wire
 
 WIDTH = "beam_width"
+_FLAG: TypeAdapter[bool | None] = TypeAdapter(bool | None)
+"""As vLLM reads it: ``"no"`` is false."""
 
 
-def searches(body: bytes) -> bool:
-    """Whether a body asks for a beam search."""
-    return b"use_beam_search" in body and bool(_object(body).get("use_beam_search"))
+def searches(body: bytes) -> int:
+    """How many beam searches a body asks for: one a prompt."""
+    if b"use_beam_search" not in body:
+        return 0
+    fields = _object(body)
+    try:
+        asked = _FLAG.validate_python(fields.get("use_beam_search"))
+    except ValidationError:  # vLLM refuses it
+        return 0
+    prompts = fields.get("prompt")
+    several = isinstance(prompts, list) and not all(isinstance(token, int) for token in prompts)
+    return (len(prompts) if several else 1) if asked else 0
 
 
 def widened(body: bytes) -> bytes:

@@ -7,7 +7,7 @@ import contextlib
 import contextvars
 import copy
 import functools
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,6 +56,7 @@ class Job:
         confidence: what it gave, by sample number.
         unspelled: nobody is told the tokens of the samples' log-probabilities.
         beams: engine request ids of the running steps of a beam search; None if it is none.
+        searches: beam searches of the body, one a prompt; roots: the prompts of those that have begun.
         drawn: the first token, where a prefill worker draws it.
         begins: engine request id of the sample that may begin with it; begun: it has.
         priority: the engine's own, 0 where it knows none.
@@ -81,6 +82,8 @@ class Job:
     confidence: dict[int, float] = field(default_factory=dict)
     unspelled: bool = False
     beams: set[str] | None = None
+    searches: int = 0
+    roots: list[tuple[list[int], Held]] = field(default_factory=list)
     drawn: First | None = None
     begins: str = ""
     begun: bool = False
@@ -89,6 +92,7 @@ class Job:
     cached_tokens: int = 0
     pace: Pace = field(default_factory=Pace)
     _taken: dict[int, Seat] = field(default_factory=dict)
+    _getting: dict[asyncio.Task[Held], range] = field(default_factory=dict)
 
     async def seat(self, number: int) -> bool:
         """Wait for a sample's seat; False if nobody wants the sample any more. Pairs with
@@ -113,10 +117,36 @@ class Job:
             self.stand_up(number, self.generated.get(number, 0))
 
     def give_up(self, numbers: Iterable[int]) -> None:
-        """End the wait of samples that have no seat yet."""
+        """End the wait of samples, cancelled by now, that have no seat yet; and what is got for none but
+        those that are cancelled."""
         for number in numbers:
             if (seat := self._taken.get(number)) is not None and seat.entry is not None:
                 self.seats.leave(seat)
+
+        for task, wanted_by in self._getting.items():
+            if self.cancelled.issuperset(wanted_by):
+                task.cancel()
+
+    async def unless_cancelled(self, numbers: range, work: Coroutine[Any, Any, Held]) -> Held | None:
+        """What ``work`` gets for these samples. None, and it is cancelled, once nobody wants any of them."""
+        task = asyncio.ensure_future(work)
+        if self.cancelled.issuperset(numbers):
+            task.cancel()
+        self._getting[task] = numbers
+        try:
+            return await task
+        except asyncio.CancelledError:
+            caller = asyncio.current_task()
+            if (caller is not None and caller.cancelling()) or not self.cancelled.issuperset(numbers):
+                raise
+            return None
+        finally:
+            del self._getting[task]
+
+    def root_of(self, tokens: list[int]) -> str | None:
+        """The import of the search whose beam this is, if it has one."""
+        mine = [(len(root), held) for root, held in self.roots if tokens[: len(root)] == root]
+        return max(mine, key=lambda root: root[0])[1].name if mine else None
 
     def name_of(self, number: int) -> str:
         """What a sample is kept as; empty if it is not."""
@@ -194,7 +224,14 @@ class DecodeLLM(AsyncLLM):
         part, job.parts = job.parts, job.parts + 1
         if job.after:
             prompt = self._continued(job, prompt)
-        held = await self._acquire(job, part, prompt, sampling_params, request_id, options)
+        first = job.first + part * sampling_params.n
+        numbers = range(first, first + sampling_params.n)
+        getting = self._acquire(job, part, prompt, sampling_params, request_id, options)
+        held = await job.unless_cancelled(numbers, getting)
+        if held is None:
+            for number in numbers if job.on_sample is not None else ():
+                job.on_sample(number, None, "")
+            return
         try:
             run = _Samples(self, job, part, held, prompt, sampling_params, request_id, options)
             async with contextlib.aclosing(run.outputs()) as outputs:
@@ -208,22 +245,28 @@ class DecodeLLM(AsyncLLM):
     ) -> AsyncGenerator[RequestOutput, None]:
         """One token of one beam.
 
-        The first step is of the bare prompt, alone: it imports it, and then takes the one seat of the search.
-        The service gives both back with the dispatch.
+        The first step of a search is of the bare prompt, alone: it imports it, and then takes the one seat of
+        the dispatch. The service gives both back with the dispatch. Of a body with several prompts vLLM
+        begins all searches, in order, before any goes on.
         """
-        if not job.held:
-            await self._acquire(job, 0, prompt, params, request_id, options)
-            job.prompt_tokens = len(prompt.get("prompt_token_ids") or ())
-            job.cached_tokens = job.held[0].cached
-            if not job.has_asked(job.first):  # of a body with several prompts another was first
-                await job.seat(job.first)
+        tokens = list(prompt.get("prompt_token_ids") or ())
+        if job.parts < job.searches:
+            part, job.parts = job.parts, job.parts + 1
+            getting = self._acquire(job, part, prompt, params, request_id, options)
+            held = await job.unless_cancelled(range(job.first, job.first + 1), getting)
+            if held is not None:
+                job.roots.append((tokens, held))
+                job.prompt_tokens += len(tokens)
+                job.cached_tokens += held.cached
+                if not job.has_asked(job.first):
+                    await job.seat(job.first)
         assert job.beams is not None
         if job.cancelled:
             yield beams.aborted(request_id, prompt)
             return
-        if job.held[0].name is not None:
+        if (name := job.root_of(tokens)) is not None:
             params = params.clone()
-            params.extra_args = {"kv_transfer_params": {PARAM: job.held[0].name}}
+            params.extra_args = {"kv_transfer_params": {PARAM: name}}
         job.beams.add(request_id)
         try:
             async for output in self.plain(prompt, params, request_id, **options):

@@ -78,7 +78,8 @@ class DecodeService:
         job.watch = message.watch if message.mode == "samples" else None
         job.pace = self._pace
         job.drawn = First(self._counters.roomy) if message.drawn else None
-        job.beams = set() if beams.searches(message.body) else None
+        job.searches = beams.searches(message.body)
+        job.beams = set() if job.searches else None
         dispatch = self._running[message.ref] = _Dispatch(message, job)
         run = self._run_http
         if message.mode == "samples":

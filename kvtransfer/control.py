@@ -91,7 +91,13 @@ class ControlServer:
         await self.send([command] * len(self.ranks))
 
     def expect(self, key: object) -> asyncio.Future[list[wire.Event]]:
-        """A future of every rank's next event for ``key`` (see :func:`_key_of`)."""
+        """A future of every rank's next event for ``key`` (see :func:`_key_of`).
+
+        Raises:
+            ValueError: somebody waits for it already.
+        """
+        if (known := self._waiting.get(key)) is not None and not known.future.done():
+            raise ValueError(f"{key} is waited for already")
         answers = _Answers(len(self.ranks))
         self._waiting[key] = answers
         return answers.future

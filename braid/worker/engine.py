@@ -16,7 +16,7 @@ import msgspec
 from braid import wire
 from braid.ranks import heads_of
 from braid.settings import DecodeSettings, PrefillSettings, WorkerSettings, is_loopback
-from braid.worker.fingerprint import Traits, fingerprint, group_trait, model_digest
+from braid.worker.fingerprint import Traits, config_digest, fingerprint, group_trait, model_digest
 from kvtransfer.control import ControlServer
 from kvtransfer.plan import Blocking, hit_unit
 from kvtransfer.wire import Ready
@@ -281,6 +281,7 @@ def _traits(
     ]
     return (
         ("model", model_digest(settings.model, model.revision)),
+        ("configuration", config_digest(model.hf_config)),
         ("vLLM version", vllm.__version__),
         ("dtype", str(model.dtype)),
         ("KV dtype", str(config.cache_config.cache_dtype)),

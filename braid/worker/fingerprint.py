@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 Traits = tuple[tuple[str, str], ...]
 """(name, value) of each thing that must be equal on both."""
 _EDGE = 1024 * 1024
 """Bytes hashed at each end of a weight file; the whole of a large model takes minutes to read."""
+_STRIP = 64 * 1024
+_STRIPS = 64
+"""So many of so many bytes are hashed between the ends, at equal distances: every large tensor has some."""
+_ELSEWHERE = ("_name_or_path", "transformers_version")
+"""What two copies of a configuration may differ in."""
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
 
 
 def model_digest(model: str, revision: str | None) -> str:
     """Digest of a model's configuration and weights.
 
-    For a folder: ``config.json`` and of each weight file its name, size, and first and last MiB. For a
-    hub name: the name and revision (two workers that name the same revision hold the same weights).
+    For a folder: ``config.json`` and of each weight file its name, size, first and last MiB, and strips
+    between them. For a hub name: the name and revision (two workers that name the same revision hold the
+    same weights).
     """
     digest = hashlib.blake2b(digest_size=16)
     folder = Path(model)
@@ -31,9 +39,23 @@ def model_digest(model: str, revision: str | None) -> str:
         digest.update(f"{path.name}:{size}".encode())
         with path.open("rb") as file:
             digest.update(file.read(_EDGE))
+            for strip in range(1, _STRIPS + 1):
+                file.seek(size * strip // (_STRIPS + 1))
+                digest.update(file.read(_STRIP))
             file.seek(max(0, size - _EDGE))
             digest.update(file.read(_EDGE))
     return digest.hexdigest()
+
+
+def config_digest(config: Any) -> str:
+    """Digest of the configuration that an engine runs a model by, flags that change it included.
+
+    Args:
+        config: a ``PretrainedConfig`` of transformers.
+    """
+    fields = json.loads(config.to_json_string(use_diff=False))
+    known = {key: value for key, value in fields.items() if key not in _ELSEWHERE}
+    return hashlib.blake2b(json.dumps(known, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def fingerprint(traits: Traits) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
 import zmq
 import zmq.asyncio
 
@@ -18,6 +19,10 @@ from braid.liveness import is_connected, watch_connection
 from braid.log import GROUP
 
 log = logging.getLogger("braid.worker")
+
+
+BODY_BYTES = 8 * 1024 * 1024
+"""Most body bytes of one message: the router's socket ends the connection over a frame that is too large."""
 
 
 class Service(Protocol):
@@ -92,15 +97,24 @@ class WorkerLink:
         return self._router is not None
 
     def send(self, message: wire.FromWorker) -> None:
-        """Queue a message for this turn's batch. Body bytes of the same dispatch are joined."""
-        last = self._outbox[-1] if self._outbox else None
-        if isinstance(message, wire.Body) and isinstance(last, wire.Body) and last.ref == message.ref:
-            self._outbox[-1] = wire.Body(
-                message.ref, last.data + message.data, message.end, message.kv, message.cut
-            )
+        """Queue a message for this turn's batch. Body bytes of the same dispatch are joined, and large ones
+        cut."""
+        if isinstance(message, wire.Body):
+            while len(message.data) > BODY_BYTES:
+                self._queue_body(wire.Body(message.ref, message.data[:BODY_BYTES]))
+                message = msgspec.structs.replace(message, data=message.data[BODY_BYTES:])
+            self._queue_body(message)
         else:
             self._outbox.append(message)
         self._wake.set()
+
+    def _queue_body(self, message: wire.Body) -> None:
+        last = self._outbox[-1] if self._outbox else None
+        joins = isinstance(last, wire.Body) and last.ref == message.ref
+        if joins and len(last.data) + len(message.data) <= BODY_BYTES:
+            self._outbox[-1] = msgspec.structs.replace(message, data=last.data + message.data)
+        else:
+            self._outbox.append(message)
 
     async def run(self) -> None:
         """Serve until cancelled."""
@@ -128,7 +142,7 @@ class WorkerLink:
             self._wake.clear()
             batch, self._outbox = self._outbox, []
             if batch:
-                await self._socket.send_multipart([wire.encode(m) for m in batch])
+                await self._socket.send_multipart(list(map(_frame, batch)))
 
     async def _beat(self) -> None:
         while True:
@@ -197,6 +211,16 @@ class WorkerLink:
         self._router = None
         self._outbox.clear()
         self._service.cancel_all("router_gone")
+
+
+def _frame(message: wire.FromWorker) -> bytes:
+    """A message as the router takes it: of a sample that is too large it is told so."""
+    frame = wire.encode(message)
+    if len(frame) <= wire.MAX_FRAME or not isinstance(message, wire.Sample):
+        return frame
+    why = f"its answer is over {wire.MAX_FRAME} bytes: ask for fewer tokens or log-probabilities"
+    log.warning("sample_too_large", extra={"ref": message.ref, "bytes": len(frame)})
+    return wire.encode(wire.Sample(message.ref, message.index, "failed", tokens=message.tokens, error=why))
 
 
 async def keep_calling(call: Callable[[], Awaitable[None]], period_s: float) -> None:

@@ -152,6 +152,8 @@ class Imports:
             return local
         last = min(held.computed, len(prompt) - 1)
         end = next((i for i in range(local, last) if prompt[i] != held.tokens[i]), last)
+        if end > local and list(prompt[:local]) != list(held.tokens[:local]):
+            return local  # what the prefix cache has of it is another's
         return end if local == end // self.unit * self.unit and self._sees(held, end) else local
 
     def _sees(self, held: Import, end: int) -> bool:

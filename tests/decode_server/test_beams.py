@@ -33,7 +33,12 @@ REPLY = {
     ("body", "yes"),
     [
         (b'{"use_beam_search": true}', True),
+        (b'{"use_beam_search": "yes", "prompt": "x"}', True),
+        (b'{"use_beam_search": true, "prompt": [1, 2, 3]}', True),
         (b'{"use_beam_search": false}', False),
+        (b'{"use_beam_search": "no"}', False),
+        (b'{"use_beam_search": "perhaps"}', False),
+        (b'{"use_beam_search": null}', False),
         (b'{"prompt": "use_beam_search"}', False),
         (b'["use_beam_search"]', False),
         (b"use_beam_search", False),
@@ -44,6 +49,13 @@ def test_a_body_asks_for_a_search_or_not(body: bytes, yes: bool) -> None:
     from decode_server.beams import searches
 
     assert searches(body) == yes
+
+
+@pytest.mark.parametrize("prompts", [["a", "b", "c"], [[1], [2, 3], [4]]])
+def test_each_prompt_is_searched(prompts: Any) -> None:
+    from decode_server.beams import searches
+
+    assert searches(json.dumps({"prompt": prompts, "use_beam_search": True}).encode()) == 3
 
 
 def test_the_width_becomes_vllm_s_n() -> None:
@@ -141,15 +153,16 @@ async def test_a_plain_request_s_search_passes_through(stand: Stand) -> None:  #
 class Engine:
     """What a step needs of :class:`decode_server.llm.DecodeLLM`."""
 
-    def __init__(self, held: Any) -> None:
+    def __init__(self, *held: Any) -> None:
         self.held = held
         self.acquired: list[list[int]] = []
         self.asked: list[Any] = []
 
     async def _acquire(self, job: Any, part: int, prompt: Any, params: Any, *options: Any) -> Any:
         self.acquired.append(prompt["prompt_token_ids"])
-        job.held.append(self.held)
-        return self.held
+        job.held.append(self.held[part])
+        await asyncio.sleep(0)
+        return self.held[part]
 
     async def plain(self, prompt: Any, params: Any, request_id: str, **options: Any) -> AsyncIterator[Any]:
         from tests.decode_server.test_samples import output
@@ -168,12 +181,12 @@ async def step(engine: Engine, job: Any, tokens: list[int], request_id: str) -> 
     return [one async for one in run]
 
 
-def job_of(first: int = 0) -> Any:
+def job_of(first: int = 0, searches: int = 1) -> Any:
     from braid.worker.source import Source
     from decode_server.llm import Job
 
     job = Job(Source(None, ""), SimpleNamespace(), SimpleNamespace(), first, *open_seats())  # type: ignore[arg-type]
-    job.beams = set()
+    job.beams, job.searches = set(), searches
     return job
 
 
@@ -187,6 +200,24 @@ async def test_the_prompt_is_imported_once_and_every_step_uses_it() -> None:
     assert engine.asked == [{"kv_transfer_params": {"braid": "i1"}}] * 3
     assert (job.generated, job.prompt_tokens, job.cached_tokens) == ({2: 3}, 3, 4)
     assert job.beams == set()
+
+
+async def test_each_prompt_of_a_body_is_imported_and_its_steps_use_its_own() -> None:
+    """Searches that began side by side imported the first prompt's KV twice, which never ended, and the
+    second used the first's."""
+    from decode_server.prefix import Held
+
+    held = [Held(f"i{part}", wire.KvRecord("remote"), 3, cached=4) for part in range(3)]
+    engine, job = Engine(*held), job_of(searches=3)
+    prompts = [[1, 2, 3], [9, 2], [1, 2, 3, 7]]
+    await asyncio.gather(*(step(engine, job, tokens, f"r-{tokens}") for tokens in prompts))
+    assert engine.acquired == prompts
+    engine.asked.clear()
+    for tokens in ([9, 2, 5], [1, 2, 3, 5], [1, 2, 3, 7, 5], [1, 2, 3, 5, 7]):
+        await step(engine, job, tokens, f"r-{tokens}")
+    used = [asked["kv_transfer_params"]["braid"] for asked in engine.asked]
+    assert used == ["i1", "i0", "i2", "i0"]
+    assert (job.prompt_tokens, job.cached_tokens) == (9, 12)
 
 
 async def test_without_an_import_steps_are_plain() -> None:
@@ -211,11 +242,12 @@ async def waiting() -> tuple[Engine, Any, Any, Any, asyncio.Task[list[Any]]]:
     from decode_server.prefix import Held
 
     seats, flow = open_seats(1)
-    engine, job = Engine(Held("i1", wire.KvRecord("remote"), 3, cached=4)), job_of()
+    held = Held("i1", wire.KvRecord("remote"), 3, cached=4)
+    engine, job = Engine(held, held), job_of(searches=2)
     job.seats = seats
     other = seats.ask(flow, lambda seated: None)
     searching = asyncio.create_task(step(engine, job, [1, 2, 3], "r-0"))
-    while not engine.acquired:
+    while not seats.stats()["seats_waiting"]:
         await asyncio.sleep(0)
     return engine, job, seats, other, searching
 
@@ -228,9 +260,8 @@ async def test_a_search_has_room_for_its_prompt_before_it_takes_a_seat() -> None
     seats.leave(other)
     await searching
     assert len(engine.asked) == 1
-    await step(engine, job, [1, 2, 3, 4], "r-1")
-    job.held.clear()
-    await step(engine, job, [5, 6], "r-2")  # of another prompt of the body, which began beside the first
+    await step(engine, job, [5, 6], "r-1")  # of another prompt of the body, which began beside the first
+    await step(engine, job, [1, 2, 3, 4], "r-2")
     assert seats.stats() == {"seats_held": 1, "seats_waiting": 0}, "one for the whole search"
     job.leave()
     seats.check_integrity(idle=True)
@@ -245,6 +276,24 @@ async def test_a_search_that_is_cancelled_before_its_seat_begins_no_step() -> No
     seats.leave(other)
     job.leave()
     seats.check_integrity(idle=True)
+
+
+async def test_a_search_that_is_cancelled_during_its_import_ends_at_once() -> None:
+    engine, job = Engine(), job_of()
+    never = asyncio.Event()
+
+    async def acquire(*args: Any) -> Any:
+        engine.acquired.append([])
+        await never.wait()
+
+    engine._acquire = acquire  # type: ignore[method-assign]
+    searching = asyncio.create_task(step(engine, job, [1, 2, 3], "r-0"))
+    while not engine.acquired:
+        await asyncio.sleep(0)
+    job.cancelled.add(0)
+    job.give_up((0,))
+    (told,) = await asyncio.wait_for(searching, 10)
+    assert (told.outputs[0].finish_reason, engine.asked) == ("abort", [])
 
 
 @pytest.mark.parametrize("mode", ["samples", "http"])

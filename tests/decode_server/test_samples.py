@@ -526,3 +526,64 @@ async def test_an_import_is_released_after_its_samples_have_ended(generate: Call
     await outputs.aclose()
     assert llm.ended[-1] == "released"
     assert sorted(llm.ended[:-1]) == ["r0-0-0", "r0-0-1"]
+
+
+class Waiting:
+    """What ``generate`` needs of :class:`decode_server.llm.DecodeLLM`, over an import that never ends."""
+
+    def __init__(self) -> None:
+        self.getting = self.cleaned = 0
+
+    async def _acquire(self, *args: Any) -> Any:
+        self.getting += 1
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0)
+            self.cleaned += 1
+
+
+def begin(llm: Waiting, run: Run) -> asyncio.Task[list[Any]]:
+    from decode_server.llm import JOB, DecodeLLM
+
+    async def all_of_it() -> list[Any]:
+        JOB.set(run.job)
+        stream = DecodeLLM.generate(llm, PROMPT, run.params, "r")  # type: ignore[arg-type]
+        return [output async for output in stream]
+
+    return asyncio.create_task(all_of_it())
+
+
+async def test_an_import_that_no_sample_wants_any_more_ends_at_once() -> None:
+    """A decided vote waited for it, a minute at most, or for room."""
+    llm, run = Waiting(), Run(ScriptedLLM(), 2, final=True, first=4, report=True)
+    task = begin(llm, run)
+    while not llm.getting:
+        await asyncio.sleep(0)
+    for number in (4, 5):
+        assert not task.done()
+        run.job.cancelled.add(number)
+        run.job.give_up((number,))
+        await asyncio.sleep(0)
+    assert await asyncio.wait_for(task, DEADLINE_S) == []
+    assert run.reports == [(4, None, ""), (5, None, "")]
+    assert llm.cleaned == 1
+
+
+async def test_samples_that_were_cancelled_before_import_nothing() -> None:
+    llm, run = Waiting(), Run(ScriptedLLM(), 1, final=True, report=True)
+    run.job.cancelled.add(0)
+    assert await asyncio.wait_for(begin(llm, run), DEADLINE_S) == []
+    assert (run.reports, llm.getting) == ([(0, None, "")], 0)
+
+
+async def test_the_end_of_a_dispatch_ends_its_import() -> None:
+    llm, run = Waiting(), Run(ScriptedLLM(), 1, final=True, report=True)
+    task = begin(llm, run)
+    while not llm.getting:
+        await asyncio.sleep(0)
+    run.job.cancelled.add(0)  # and yet it is the dispatch that ends
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert (run.reports, llm.cleaned) == ([], 1)

@@ -208,3 +208,12 @@ async def test_no_descriptor_is_left_behind(tmp_path: Path) -> None:
     for number in range(1, 4):
         await once(number)
     assert descriptors() == before
+
+
+async def test_an_answer_is_waited_for_once(group: Group) -> None:
+    """The first who waited did so for ever."""
+    first = group.server.expect(("load", KEY))
+    with pytest.raises(ValueError, match="waited for already"):
+        group.server.expect(("load", KEY))
+    first.cancel()
+    group.server.expect(("load", KEY)).cancel()

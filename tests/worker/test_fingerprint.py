@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from braid.worker import fingerprint as module
-from braid.worker.fingerprint import fingerprint, group_trait, model_digest
+from braid.worker.fingerprint import config_digest, fingerprint, group_trait, model_digest
 
 TRAITS = (("model", "m"), ("dtype", "float32"), ("block size", "32"))
 
@@ -52,6 +52,26 @@ def test_both_ends_of_a_large_weight_file_count(
     weights[at] ^= 1
     (model / "model.safetensors").write_bytes(weights)
     assert model_digest(str(model), None) != before
+
+
+def test_a_tensor_amid_a_large_weight_file_counts(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fine-tune may leave both ends as they were."""
+    monkeypatch.setattr(module, "_EDGE", 10)
+    monkeypatch.setattr(module, "_STRIP", 2)
+    weights = bytearray(10_000)
+    (model / "model.safetensors").write_bytes(weights)
+    before = model_digest(str(model), None)
+    weights[5000:5200] = b"x" * 200
+    (model / "model.safetensors").write_bytes(weights)
+    assert model_digest(str(model), None) != before
+
+
+def test_a_configuration_that_flags_change_counts_and_its_place_does_not() -> None:
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(rope_theta=10000.0, name_or_path="/a")
+    assert config_digest(config) == config_digest(LlamaConfig(rope_theta=10000.0, name_or_path="/b"))
+    assert config_digest(config) != config_digest(LlamaConfig(rope_theta=500.0, name_or_path="/a"))
 
 
 def test_a_hub_name_counts_with_its_revision() -> None:

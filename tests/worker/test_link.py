@@ -65,6 +65,7 @@ class ScriptedRouter:
     def __init__(self) -> None:
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.maxmsgsize = wire.MAX_FRAME
         self._port = self._socket.bind_to_random_port("tcp://127.0.0.1")
         self.endpoint = f"tcp://127.0.0.1:{self._port}"
         self._worker = b""
@@ -193,6 +194,38 @@ async def test_body_bytes_of_one_dispatch_are_joined(link: WorkerLink, router: S
         wire.Body(2, b"x"),
         wire.Body(1, b"c", end=True, kv=record, cut="why"),
     ]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+async def test_a_reply_larger_than_a_frame_comes_in_parts(
+    link: WorkerLink, router: ScriptedRouter, whole: bool
+) -> None:
+    """It ended the connection, and with it all that the worker ran."""
+    await router.welcome()
+    record, data = wire.KvRecord("remote"), bytes(range(256)) * ((wire.MAX_FRAME + 4096) // 256)
+    if whole:
+        link.send(wire.Body(1, data, end=True, kv=record))
+    else:
+        for at in range(0, len(data), 1 << 20):
+            link.send(wire.Body(1, data[at : at + (1 << 20)]))
+        link.send(wire.Body(1, b"", end=True, kv=record))
+    parts = [part for part in await _without_beats(router) if isinstance(part, wire.Body)]
+    while not parts[-1].end:
+        parts += [part for part in await _without_beats(router) if isinstance(part, wire.Body)]
+    assert b"".join(part.data for part in parts) == data
+    assert [part.kv for part in parts] == [None] * (len(parts) - 1) + [record]
+    assert link.registered
+
+
+async def test_a_sample_larger_than_a_frame_fails_alone(link: WorkerLink, router: ScriptedRouter) -> None:
+    await router.welcome()
+    link.send(wire.Sample(1, 0, "finished", bytes(wire.MAX_FRAME), tokens=7))
+    link.send(wire.Sample(1, 1, "finished", b"{}"))
+    failed, other = await _without_beats(router)
+    assert isinstance(failed, wire.Sample)
+    assert (failed.index, failed.state, failed.tokens) == (0, "failed", 7)
+    assert "fewer tokens" in failed.error
+    assert other == wire.Sample(1, 1, "finished", b"{}")
 
 
 async def test_dispatches_reach_the_service_in_order(

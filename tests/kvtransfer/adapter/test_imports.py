@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvtransfer.adapter.imports import Imports
+from kvtransfer.adapter.imports import Import, Imports
 from kvtransfer.plan import Blocking, hit_unit, needed_blocks
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # importing vLLM can take minutes on a busy machine
@@ -396,3 +396,13 @@ def test_a_failed_import_of_several_groups_leaves_nothing(grouped: Cache) -> Non
     grouped.release()
     assert grouped.free == free
     assert grouped.hit(30) == 0
+
+
+def test_a_prompt_that_left_a_kept_sample_early_copies_nothing_of_it() -> None:
+    """Its cached beginning was another sample's, and one token after it the same by chance: the block with
+    it had been computed after other tokens."""
+    imports = Imports((Blocking(BLOCK),))
+    kept = [0, 1, 2, 3, 4, 5, 20, 21, 22, 23, 24, 25, 30, 31, 32, 33, 34]
+    imports.held["k0"] = Import(None, kept, len(kept) - 1, ([1, 2, 3, 4, 5],), [], committed=True)
+    assert imports.reach("k0", [*kept[:13], 51, 52], 12) == 13
+    assert imports.reach("k0", [*kept[:6], 40, 41, 42, 43, 44, 45, 30, 51, 52], 12) == 12
