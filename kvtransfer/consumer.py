@@ -44,8 +44,9 @@ MAX_RETRIES = 3
 ACK_BYTES = 16 * 1024 * 1024
 """Payload after which the producer's window is moved on; a fraction of its size."""
 
-EARLY_BYTES = 64 * 1024 * 1024
-"""Payload of a load that is kept before its manifest has come: as much as may be on its way."""
+EARLY_BYTES = 64 * 1024 * 1024 + wire.MAX_PAYLOAD
+"""Payload of a load that is kept before its manifest has come: as much as may be on its way, a producer's
+window and the parcel that crosses it."""
 
 Socket = zmq.Socket[bytes]
 _EVENTS = (
@@ -232,10 +233,16 @@ class Consumer:
             except zmq.ZMQError:
                 socket.close(linger=0)
                 raise
+            try:
+                socket.connect(endpoint)
+            except zmq.ZMQError:
+                socket.disable_monitor()
+                monitor.close(linger=0)
+                socket.close(linger=0)
+                raise
             peer = self._peers[endpoint] = _Peer(endpoint, socket, monitor, now, now)
             self._loop.add(socket, lambda: self._receive(peer, socket))
             self._loop.add(monitor, lambda: self._monitored(peer))
-            socket.connect(endpoint)
         peer.idle_since = now
         return peer
 
@@ -353,7 +360,7 @@ class Consumer:
                 lambda blocks, rows: self._deliver(peer, message.session, blocks, rows),
                 lambda reason: self._broken(peer, message.session, reason),
             )
-        except (Unavailable, OSError, zmq.ZMQError) as error:
+        except (Unavailable, OSError, RuntimeError, zmq.ZMQError) as error:  # no thread can be started, say
             log.info("kv_transport_unavailable", extra={"transport": message.transport, "detail": str(error)})
             peer.unusable.add(message.transport)
             self._greet(peer)
@@ -458,11 +465,15 @@ class Consumer:
         codec = self._codecs.get(manifest.codec)
         if len(manifest.shapes) != len(self._cache.shapes):
             return False
+        try:
+            rows = [codec.encoded_bytes(s.row_bytes) if codec else s.row_bytes for s in self._cache.shapes]
+        except ValueError:  # rows of ours can't be encoded so
+            return False
         return all(
             theirs.layers == ours.layers
-            and theirs.row_bytes == (codec.encoded_bytes(ours.row_bytes) if codec else ours.row_bytes)
+            and theirs.row_bytes == row_bytes
             and part.source.last <= theirs.heads
-            for theirs, ours in zip(manifest.shapes, self._cache.shapes, strict=True)
+            for theirs, ours, row_bytes in zip(manifest.shapes, self._cache.shapes, rows, strict=True)
         )
 
     def _announced(self, peer: _Peer, message: wire.Blocks, frames: list[zmq.Frame]) -> None:
@@ -516,10 +527,15 @@ class Consumer:
             log.error("kv_digest_mismatch", extra={"ticket": load.spec.key.id.hex(), "security": True})
             self._fail(load, "corrupt")
             return
-        if part.manifest.codec:
-            rows = self._codecs[part.manifest.codec].decode(as_tensor(rows))
         first, target = part.targets[message.group]
-        fence = target.write(message.first - first, message.count, rows)
+        try:
+            if part.manifest.codec:
+                rows = self._codecs[part.manifest.codec].decode(as_tensor(rows))
+            fence = target.write(message.first - first, message.count, rows)
+        except Exception:  # such as a device without memory
+            log.exception("kv_copy_failed", extra={"ticket": load.spec.key.id.hex()})
+            self._fail(load, "copy_failed")
+            return
         load.first_at = load.first_at or now
         load.nbytes += message.nbytes
         if fence is None:

@@ -164,6 +164,14 @@ class LeaseTable(Generic[P]):
         lease.heard = self._clock()
         self.waiting[lease.key] = lease
 
+    def refuse(self, key: Key) -> list[Subscriber]:
+        """A lease of this key was not opened: forget who subscribed before it. None if there is another."""
+        if self.knows(key):
+            return []
+        _, early = self.early.pop(key, (0.0, {}))
+        self._remember(key, "refused")
+        return list(early.values())
+
     def grant(self) -> list[Lease[P]]:
         """Reserve room for the waiting leases that fit, first come first served, and hold them."""
         granted = []
@@ -259,10 +267,13 @@ class LeaseTable(Generic[P]):
             self.closing.append(lease)
         elif (lease := self.waiting.pop(key, None)) is None:
             return None
+        self._remember(key, reason)
+        return lease
+
+    def _remember(self, key: Key, reason: str) -> None:
         self.ended[key] = reason
         if len(self.ended) > ENDED:
             self.ended.popitem(last=False)
-        return lease
 
     def reclaim(self) -> bool:
         """Free the memory of closing leases that nobody uses any more. Returns whether there was any."""

@@ -90,7 +90,7 @@ class Loop(threading.Thread):
             here = self._turning and not self._calls and not self._stopping
             if here:
                 self._guard(call)
-                if self._readable():
+                if self._polls or self._readable():
                     self._wake()
         finally:
             self._held.release()

@@ -190,6 +190,8 @@ class Producer:
             nbytes = sum(self._bytes_of(span) for span in message.spans)
             self.table.open(Lease(message.key, manifest, spans, nbytes, message.subscribers))
         except ValueError as error:
+            for subscriber in self.table.refuse(message.key):
+                self._tell(subscriber, wire.Refused(subscriber.id[1], "refused"))
             self._emit(wire.Closed(message.key, str(error)))
             return
         self._grant()
@@ -278,7 +280,12 @@ class Producer:
     def _publish(self, lease: Lease[Piece], piece: Piece) -> None:
         if self.table.held.get(lease.key) is not lease:  # it has ended; the key may be another's by now
             return
-        self.table.publish(lease.key, piece)
+        try:
+            self.table.publish(lease.key, piece)
+        except ValueError as error:  # a fence was overtaken by copies without one
+            log.error("kv_blocks_overtaken", extra={"ticket": lease.key.id.hex(), "detail": str(error)})
+            self._spoil(lease)
+            return
         piece.digest = self._digests.of(piece.rows)
         for subscriber in list(lease.subscribers.values()):
             self._feed(lease, subscriber)
@@ -472,7 +479,7 @@ class Producer:
                 continue
             try:
                 sender, data = transport.accept(hello, offer, address)
-            except Unavailable as error:
+            except (Unavailable, OSError, RuntimeError) as error:  # no thread can be started, say
                 log.info("kv_transport_unavailable", extra={"transport": name, "detail": str(error)})
                 continue
             for other in self._sessions_at(address, last):

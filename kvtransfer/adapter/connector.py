@@ -178,6 +178,8 @@ class BraidConnector(KVConnectorBase_V1, SupportsHMA):
                     self._worker.save(wire.Key(*key), group, first, block_ids)
                 except Exception:  # the others' blocks are theirs
                     log.exception("kv_save_failed", extra={"ticket": key[0].hex()})
+            for key in meta.spoiled:
+                self._worker.spoil(wire.Key(*key))
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Nothing: loads are complete before the step."""

@@ -19,10 +19,11 @@ log = logging.getLogger("braid.kvtransfer")
 @dataclass
 class StepMeta(KVConnectorMetadata):
     """Scheduler to workers, one step. ``saves``: (key, group, first block, block ids) finished by this step;
-    ``copies``: blocks to copy before the forward."""
+    ``copies``: blocks to copy before the forward; ``spoiled``: keys of prompts that can't be saved."""
 
     saves: list[tuple[tuple[bytes, int, int], int, int, list[int]]] = field(default_factory=list)
     copies: list[Copy] = field(default_factory=list)
+    spoiled: list[tuple[bytes, int, int]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -91,11 +92,12 @@ class SchedulerSide:
             self.saving[new.req_id] = _Saving((key[0], key[1], key[2]), prompt, first)
 
     def _try_save(self, meta: StepMeta, output: Any, request_id: str, saving: _Saving, computed: int) -> None:
-        """One request's trouble costs its own transfer only; its lease then expires."""
+        """One request's trouble costs its own transfer only, whose lease ends."""
         try:
             self._save(meta, output, request_id, saving, computed)
         except Exception:
             log.exception("kv_save_failed", extra={"ticket": saving.key[0].hex()})
+            meta.spoiled.append(saving.key)
             del self.saving[request_id]
 
     def _save(self, meta: StepMeta, output: Any, request_id: str, saving: _Saving, computed: int) -> None:

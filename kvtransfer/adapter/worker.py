@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -110,6 +111,11 @@ class WorkerSide:
             return self.cache.gather(group, block_ids[run.start : run.stop], out)
 
         self._producer.stage(key, group, first, len(block_ids), gather)
+
+    def spoil(self, key: wire.Key) -> None:
+        """End the lease of a prompt that can't be saved: who waits for it computes it."""
+        assert self._producer is not None
+        self._loop.call_soon(partial(self._producer.end, key, "copy_failed"))
 
     def close(self) -> None:
         self._loop.stop()

@@ -49,6 +49,15 @@ class AnyOrder(RuleBasedStateMachine):
         self.ended.discard(key)
         self.readers[id(lease)] = self.early.pop(key, {})
 
+    @rule(key=some_key)
+    def refuse(self, key: Key) -> None:
+        told = {subscriber.id for subscriber in self.table.refuse(key)}
+        if key in self.queue or key in self.held:
+            assert not told
+            return
+        assert told == set(self.early.pop(key, {}))
+        self.ended.add(key)
+
     @rule()
     def grant(self) -> None:
         granted = self.table.grant()

@@ -6,12 +6,13 @@ import contextlib
 import gc
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
 import zmq
 
-from kvtransfer.loop import Loop
+from kvtransfer.loop import TICK_S, Loop
 
 DEADLINE_S = 60.0
 
@@ -294,3 +295,37 @@ def _pipe(context: zmq.Context[zmq.Socket[bytes]]) -> tuple[zmq.Socket[bytes], z
     port = inside.bind_to_random_port("tcp://127.0.0.1")
     outside.connect(f"tcp://127.0.0.1:{port}")
     return inside, outside
+
+
+def test_what_a_call_at_once_starts_is_polled_at_once(loop: Loop) -> None:
+    """It was with the next tick, a quarter of a second later at most."""
+    wanted, polled = threading.Event(), threading.Event()
+
+    def poll() -> bool:
+        if wanted.is_set():
+            polled.set()
+        return False
+
+    loop.every_turn(poll)
+    loop.start()
+    waits = []
+    for _ in range(20):
+        here: list[int] = []
+        while not here:  # the loop may be in a turn
+            wanted.clear()
+            polled.clear()
+            time.sleep(0.01)
+            ran = threading.Event()
+
+            def work(here: list[int] = here, ran: threading.Event = ran) -> None:
+                if threading.get_ident() != loop.ident:
+                    here.append(1)
+                wanted.set()
+                ran.set()
+
+            begun = time.monotonic()
+            loop.call_at_once(work)
+            assert ran.wait(DEADLINE_S)
+            assert polled.wait(DEADLINE_S)
+        waits.append(time.monotonic() - begun)
+    assert sorted(waits)[10] < TICK_S / 5

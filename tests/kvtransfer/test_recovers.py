@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,9 @@ import zmq
 
 from kvtransfer import wire
 from kvtransfer.arena import open_arena
+from kvtransfer.codec import CODECS
+from kvtransfer.consumer import EARLY_BYTES
+from kvtransfer.producer import WINDOW_BYTES
 from kvtransfer.sockets import new_context
 from kvtransfer.transport import Parcel
 from tests.kvtransfer.ends import (
@@ -19,6 +23,7 @@ from tests.kvtransfer.ends import (
     DEADLINE_S,
     EPOCH,
     ROW_BYTES,
+    Blocks,
     ConsumerEnd,
     Pair,
     ProducerEnd,
@@ -266,3 +271,98 @@ def test_connections_over_those_agreed_carry_nothing(make_pair: MakePair) -> Non
         assert len(session.sender._addresses) == 1  # type: ignore[attr-defined]
     finally:
         stranger.close()
+
+
+class NoRoom(Blocks):
+    """A cache whose device has no memory left."""
+
+    def scatter(self, *args: Any, **options: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    def prepare(self, *args: Any) -> None:
+        return None
+
+
+def test_a_copy_into_the_cache_that_raises_ends_the_load_at_once(make_pair: MakePair) -> None:
+    """It waited for its deadline, and the lease with it."""
+    pair = make_pair()
+    d = pair.consumer(through=lambda cache: NoRoom(cache.tensors))
+    pair.p.open(KEY, 2)
+    pair.p.publish(KEY, 0, [1, 2])
+    d.load(KEY, pair.endpoint, (1, 2), deadline_s=60.0)
+    assert d.events.expect(wire.Failed, KEY).reason == "copy_failed"
+    assert pair.p.events.expect(wire.Closed, KEY).reason == "done"
+
+
+def test_rows_that_a_manifests_codec_can_not_have_made_are_refused() -> None:
+    raw = RawProducer()
+    d = ConsumerEnd(cache=make_cache(fill=False, row_bytes=64), codecs=CODECS, transports=["zmq"])
+    try:
+        d.load(KEY, raw.endpoint, (3, 4), deadline_s=60.0)
+        raw.welcome()
+        sub = raw.expect(wire.Subscribe).sub
+        raw.say(wire.Manifest(sub, EPOCH, 8, b"chain", "fp", (wire.Shape(2, 2, 66),), "int8"))
+        assert d.events.expect(wire.Failed, KEY).reason == "layout"
+    finally:
+        d.close()
+        raw.close()
+
+
+def test_who_came_before_a_lease_that_is_refused_is_told(make_pair: MakePair) -> None:
+    pair = make_pair(capacity=4096)
+    pair.d.load(KEY, pair.endpoint, tuple(range(1, 11)), deadline_s=60.0)
+    pair.p.until(lambda: KEY in pair.p.end.table.early)
+    pair.p.open(KEY, 10)
+    assert "over the staging bound" in pair.p.events.expect(wire.Closed, KEY).reason
+    assert pair.d.events.expect(wire.Failed, KEY).reason == "refused"
+    late = pair.consumer()
+    late.load(KEY, pair.endpoint, (1,), deadline_s=60.0)
+    assert late.events.expect(wire.Failed, KEY).reason == "refused"
+    pair.p.settle()
+
+
+def test_an_endpoint_that_is_none_fails_every_load_at_once() -> None:
+    """The second found a connection that had never been begun, and waited for it."""
+    d = ConsumerEnd()
+    try:
+        for number in (1, 2):
+            d.load(make_key(number), "tcp://nowhere", (1,), deadline_s=60.0)
+            assert d.events.of(wire.Failed, make_key(number))[0].reason == "unreachable"
+        assert not d.call(lambda: d.end._peers)
+    finally:
+        d.close()
+
+
+class Open:
+    """A copy that ends when the test says so."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+
+    def wait(self) -> None:
+        assert self.gate.wait(DEADLINE_S)
+
+
+def test_blocks_that_overtake_others_end_the_lease(make_pair: MakePair) -> None:
+    """Some were copied by a device and those after them were not: what came first had a gap before it."""
+    pair, fence = make_pair(), Open()
+
+    def fill(block: int, fence: Open | None) -> Callable[..., Any]:
+        def copy(run: range, out: Any) -> Any:
+            pair.p.cache.gather(0, [block], out)
+            return fence
+
+        return copy
+
+    pair.p.open(KEY, 2)
+    pair.d.load(KEY, pair.endpoint, (1, 2), deadline_s=60.0)
+    assert pair.p.end.stage(KEY, 0, 0, 1, fill(1, fence))
+    assert pair.p.end.stage(KEY, 0, 1, 1, fill(2, None))
+    assert pair.p.events.expect(wire.Closed, KEY).reason == "copy_failed"
+    assert pair.d.events.expect(wire.Failed, KEY).reason == "copy_failed"
+    fence.gate.set()
+    pair.p.settle()
+
+
+def test_as_much_as_may_be_on_its_way_may_come_before_its_manifest() -> None:
+    assert EARLY_BYTES >= WINDOW_BYTES - 1 + wire.MAX_PAYLOAD

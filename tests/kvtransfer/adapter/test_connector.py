@@ -133,7 +133,8 @@ def test_a_block_that_is_gone_costs_the_transfer(caplog: pytest.LogCaptureFixtur
     new = steps.new("r", 10)
     steps.blocks["r"][0][1] = 0
     with caplog.at_level(logging.ERROR, "braid.kvtransfer"):
-        assert steps.step({"r": 10}, [new]).saves == []
+        meta = steps.step({"r": 10}, [new])
+    assert (meta.saves, meta.spoiled) == ([], [tuple(KEY)])
     assert steps.side.saving == {}
 
 
@@ -205,10 +206,13 @@ def test_a_worker_whose_save_fails_goes_on(steps: FakeSteps) -> None:
         saved.append(key)
 
     connector = _connector(steps.side)
-    connector._worker = SimpleNamespace(save=save)  # type: ignore[assignment]
-    connector._connector_metadata = StepMeta(saves=[((b"", n, 0), 0, 0, [1]) for n in (1, 2)])
+    spoiled: list[wire.Key] = []
+    connector._worker = SimpleNamespace(save=save, spoil=spoiled.append)  # type: ignore[assignment]
+    saves = [((b"", n, 0), 0, 0, [1]) for n in (1, 2)]
+    connector._connector_metadata = StepMeta(saves=saves, spoiled=[(b"", 3, 0)])
     connector.wait_for_save()
     assert saved == [wire.Key(b"", 2)], "the other prompt's blocks are its own"
+    assert spoiled == [wire.Key(b"", 3)], "nobody waits for what can't be saved"
 
 
 def make(monkeypatch: pytest.MonkeyPatch, side: str = "SCHEDULER", specs: Any = None, **changes: Any) -> Any:
