@@ -30,9 +30,12 @@ def searches(body: bytes) -> int:
         asked = _FLAG.validate_python(fields.get("use_beam_search"))
     except ValidationError:  # vLLM refuses it
         return 0
+    if not asked:
+        return 0
     prompts = fields.get("prompt")
-    several = isinstance(prompts, list) and not all(isinstance(token, int) for token in prompts)
-    return (len(prompts) if several else 1) if asked else 0
+    if not isinstance(prompts, list) or all(isinstance(token, int) for token in prompts):
+        return 1
+    return len(prompts)
 
 
 def widened(body: bytes) -> bytes:

@@ -229,8 +229,9 @@ class DecodeLLM(AsyncLLM):
         getting = self._acquire(job, part, prompt, sampling_params, request_id, options)
         held = await job.unless_cancelled(numbers, getting)
         if held is None:
-            for number in numbers if job.on_sample is not None else ():
-                job.on_sample(number, None, "")
+            if job.on_sample is not None:
+                for number in numbers:
+                    job.on_sample(number, None, "")
             return
         try:
             run = _Samples(self, job, part, held, prompt, sampling_params, request_id, options)
@@ -270,8 +271,8 @@ class DecodeLLM(AsyncLLM):
         job.beams.add(request_id)
         try:
             async for output in self.plain(prompt, params, request_id, **options):
-                tokens = len(output.outputs[0].token_ids)
-                job.generated[job.first] = job.generated.get(job.first, 0) + tokens
+                made = len(output.outputs[0].token_ids)
+                job.generated[job.first] = job.generated.get(job.first, 0) + made
                 yield output
         finally:
             job.beams.discard(request_id)

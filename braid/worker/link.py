@@ -110,8 +110,11 @@ class WorkerLink:
 
     def _queue_body(self, message: wire.Body) -> None:
         last = self._outbox[-1] if self._outbox else None
-        joins = isinstance(last, wire.Body) and last.ref == message.ref
-        if joins and len(last.data) + len(message.data) <= BODY_BYTES:
+        if (
+            isinstance(last, wire.Body)
+            and last.ref == message.ref
+            and len(last.data) + len(message.data) <= BODY_BYTES
+        ):
             self._outbox[-1] = msgspec.structs.replace(message, data=last.data + message.data)
         else:
             self._outbox.append(message)

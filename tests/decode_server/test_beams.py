@@ -286,7 +286,7 @@ async def test_a_search_that_is_cancelled_during_its_import_ends_at_once() -> No
         engine.acquired.append([])
         await never.wait()
 
-    engine._acquire = acquire  # type: ignore[method-assign]
+    engine._acquire = acquire  # type: ignore[method-assign, assignment]
     searching = asyncio.create_task(step(engine, job, [1, 2, 3], "r-0"))
     while not engine.acquired:
         await asyncio.sleep(0)
