@@ -43,7 +43,7 @@ LENGTHS = (8, 40, 400, 1500, 3000)
 TOKENS = 32
 SAMPLE_S = 5.0
 WINDOW_S = 60.0
-"""Heaps are trimmed twice in this time (`braid/heap.py`)."""
+"""Heaps are trimmed six times in this time (`braid/heap.py`)."""
 RUSH_S = 240.0
 RUSH_CLIENTS = 12
 WARM_S = 900.0

@@ -19,11 +19,14 @@ if TYPE_CHECKING:
 
 PUBLIC = "public.key"
 SECRET = "secret.key"
+SEALED_BYTES = 64
+"""An encrypted frame is at most this much longer; ZMQ bounds frames as they come."""
 _DOMAIN = "braid"
 _Z85_CHARS = 40
 
 _lock = threading.Lock()
 _authenticators: dict[int, ThreadAuthenticator] = {}
+"""By their contexts' addresses: one whose context is closed is of an earlier one at that address."""
 
 
 def make_keys(folder: Path) -> None:
@@ -84,7 +87,7 @@ def stop_authenticator(context: zmq.Context[Any]) -> None:
     """End the context's authenticator, if it has one. Idempotent; call before ``context.term()``."""
     with _lock:
         authenticator = _authenticators.pop(context.underlying, None)
-    if authenticator is not None:
+    if authenticator is not None and not authenticator.context.closed:
         authenticator.stop()
 
 
@@ -103,7 +106,7 @@ def _authenticate(context: zmq.Context[Any], public: bytes) -> None:
 
     with _lock:
         authenticator = _authenticators.get(context.underlying)
-        if authenticator is None or authenticator.context.closed:  # an ended one had the same address
+        if authenticator is None or authenticator.context.closed:
             authenticator = ThreadAuthenticator(context)
             authenticator.start()
             _authenticators[context.underlying] = authenticator

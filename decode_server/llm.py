@@ -124,7 +124,7 @@ class Job:
                 self.seats.leave(seat)
 
         for task, wanted_by in self._getting.items():
-            if self.cancelled.issuperset(wanted_by):
+            if self.cancelled.issuperset(wanted_by) and not task.cancelling():
                 task.cancel()
 
     async def unless_cancelled(self, numbers: range, work: Coroutine[Any, Any, Held]) -> Held | None:
@@ -299,7 +299,8 @@ class DecodeLLM(AsyncLLM):
         if shared is None or params.prompt_logprobs is not None or shared.adapter:
             held = Held(None, wire.KvRecord("local", reason="unshareable"))
         else:
-            held = await job.prefixes.acquire(shared, part, job.source)
+            waits = job.beams is None or part == 0  # a dispatch holds the imports of all its searches
+            held = await job.prefixes.acquire(shared, part, job.source, waits)
             if held.name is None and not job.after and job.beams is None:
                 held = await job.prefixes.computed(
                     shared, params.n, held.record, lambda name: self._lead(job, prompt, request_id, name)

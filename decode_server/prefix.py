@@ -68,15 +68,19 @@ class Prefixes:
     def held_blocks(self) -> int:
         return self._held
 
-    async def acquire(self, prompt: Prompt, part: int, source: Source) -> Held:
+    async def acquire(self, prompt: Prompt, part: int, source: Source, waits: bool = True) -> Held:
         """Import a prompt's KV, or say why the samples must compute it themselves.
 
         Never raises for a failed transfer: the outcome is in the record.
+
+        Args:
+            waits: for room, if there is none at once. Who holds another import may not: that could be what
+                others wait for, and they before it.
         """
         if source.ticket is None:
             return Held(None, wire.KvRecord("local", reason=source.reason or "no_ticket"))
         blocks = self.blocks_of(len(prompt.tokens))
-        if blocks > self._capacity:
+        if blocks > self._capacity or not (waits or self._has_room(blocks)):
             return Held(None, wire.KvRecord("local", reason="too_large"))
         name = f"i{next(self._names)}"
         held = Held(name, wire.KvRecord("recomputed"), blocks)
@@ -143,6 +147,10 @@ class Prefixes:
         """Pool blocks that a prefix of so many tokens holds, of all groups."""
         engine = self._engine
         return sum(len(needed_blocks(tokens, group, engine.block_size)) for group in engine.groups)
+
+    def _has_room(self, blocks: int) -> bool:
+        """Whether :meth:`_take` does not wait, if it is called now."""
+        return not (self._turn.locked() or self._room.locked()) and self._held + blocks <= self._capacity
 
     async def _take(self, blocks: int) -> None:
         async with self._turn, self._room:  # who waits for room holds the turn: nobody overtakes

@@ -16,7 +16,7 @@ from typing import Any
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from braid.keys import apply_curve_client
+from braid.keys import SEALED_BYTES, apply_curve_client
 from kvtransfer import wire
 from kvtransfer.cache import Cache
 from kvtransfer.codec import Codec
@@ -248,7 +248,7 @@ class Consumer:
 
     def _open(self, endpoint: str) -> Socket:
         socket: Socket = self._context.socket(zmq.DEALER)
-        socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_PAYLOAD)
+        socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_PAYLOAD + SEALED_BYTES)
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.RCVHWM, 64)
         socket.setsockopt(zmq.RECONNECT_IVL, 20)

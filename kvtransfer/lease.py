@@ -165,7 +165,8 @@ class LeaseTable(Generic[P]):
         self.waiting[lease.key] = lease
 
     def refuse(self, key: Key) -> list[Subscriber]:
-        """A lease of this key was not opened: forget who subscribed before it. None if there is another."""
+        """A lease of this key was not opened: forget who subscribed before it, and tell. Nobody, if another
+        one is open."""
         if self.knows(key):
             return []
         _, early = self.early.pop(key, (0.0, {}))

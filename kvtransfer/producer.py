@@ -17,7 +17,7 @@ import msgspec
 import torch
 import zmq
 
-from braid.keys import apply_curve_server
+from braid.keys import SEALED_BYTES, apply_curve_server
 from kvtransfer import wire
 from kvtransfer.arena import Arena
 from kvtransfer.digest import Digests, digest
@@ -152,7 +152,7 @@ class Producer:
     @staticmethod
     def _bind(context: zmq.Context[zmq.Socket[bytes]], bind: str, keys_dir: Path | None) -> zmq.Socket[bytes]:
         socket: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
-        socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_MESSAGE)
+        socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_MESSAGE + SEALED_BYTES)
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.SNDHWM, 0)  # bounded by the window
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # sending to a consumer that is gone is an error

@@ -134,7 +134,10 @@ FromShare = wire.Head | wire.Body | wire.Sample | wire.GroupDone | Failed
 
 @dataclass(slots=True, eq=False)
 class Fanout:
-    """Runs a :class:`Job`. Call :meth:`start`, read :meth:`events`, and always :meth:`close`."""
+    """Runs a :class:`Job`. Call :meth:`start`, read :meth:`events`, and always :meth:`close`.
+
+    ``inbox``: an answer that is read as a whole needs one without a limit.
+    """
 
     cluster: Cluster
     job: Job
@@ -143,7 +146,7 @@ class Fanout:
     reason: str = ""
     prompt_tokens: int = 0
     cached_tokens: int = 0
-    _inbox: Inbox = field(default_factory=Inbox)
+    inbox: Inbox = field(default_factory=Inbox)
     _watched: set[Worker] = field(default_factory=set)
     _ticket_id: bytes = field(default_factory=lambda: secrets.token_bytes(16))
     _redrawn: set[int] = field(default_factory=set)
@@ -204,7 +207,7 @@ class Fanout:
             SlowReader: the caller reads too slowly.
         """
         while not all(share.ended for share in self.shares):
-            event = await self._inbox.get(self._next_timer())
+            event = await self.inbox.get(self._next_timer())
             if event is None:
                 answers = self._on_time(asyncio.get_running_loop().time())
             elif isinstance(event, Gone):
@@ -254,7 +257,7 @@ class Fanout:
             if share.dispatch is not None:
                 link.abandon(share.dispatch)
         for worker in self._watched:
-            worker.watchers.discard(self._inbox.gone)
+            worker.watchers.discard(self.inbox.gone)
 
     def forget(self) -> None:
         """Have the decode workers let go of kept samples. Idempotent."""
@@ -295,7 +298,7 @@ class Fanout:
         return self.cluster.estimates.divide(job.model, job.body, workers, n, local, not job.several)
 
     def _watch(self, worker: Worker) -> None:
-        worker.watchers.add(self._inbox.gone)
+        worker.watchers.add(self.inbox.gone)
         self._watched.add(worker)
 
     def _send_prefill(self, worker: Worker, shares: Sequence[Share]) -> Producer:
@@ -303,7 +306,7 @@ class Fanout:
         ticket = make_ticket(self._ticket_id, len(self.producers) + 1, worker, [s.worker for s in shares])
         deadline = min(self.job.deadline, now + self.cluster.settings.prefill_timeout_s)
         producer = Producer(worker, ticket, deadline)
-        producer.dispatch = self.cluster.link.open(worker, self.job.prompts, self._inbox, producer)
+        producer.dispatch = self.cluster.link.open(worker, self.job.prompts, self.inbox, producer)
         producer.span = self.job.trace.begin("prefill", worker=worker.name, attempt=ticket.attempt)
         self.producers.append(producer)
         self._watch(worker)
@@ -328,7 +331,7 @@ class Fanout:
         if self._divisible and self.cluster.settings.spread == "auto":
             self.cluster.estimates.prefixes.note(self.job.body, share.worker.hello.epoch)
         cost, single = share.n * self.job.prompts, not self.job.several
-        share.dispatch = self.cluster.link.open(share.worker, cost, self._inbox, share, single)
+        share.dispatch = self.cluster.link.open(share.worker, cost, self.inbox, share, single)
         self._watch(share.worker)
         share.span = self.job.trace.begin(
             "decode", worker=share.worker.name, first=share.first, n=share.n, moved=share.moved

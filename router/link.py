@@ -22,7 +22,7 @@ import zmq.asyncio
 
 from braid import wire
 from braid.errors import ClientGone
-from braid.keys import apply_curve_server, stop_authenticator
+from braid.keys import SEALED_BYTES, apply_curve_server, stop_authenticator
 from braid.liveness import watch_connection
 from braid.settings import RouterSettings
 from router.metrics import Metrics
@@ -78,7 +78,7 @@ class Inbox:
     It holds a bounded number of body bytes (and one message more). Past that the reader is too slow: what
     comes is dropped and :meth:`get` raises."""
 
-    def __init__(self, limit: int = INBOX_BYTES) -> None:
+    def __init__(self, limit: float = INBOX_BYTES) -> None:
         self._events: deque[Event] = deque()
         self._bytes = 0
         self._limit = limit
@@ -160,7 +160,7 @@ class Link:
         self._context = zmq.asyncio.Context()
         sock = self._socket = self._context.socket(zmq.ROUTER)
         sock.linger = 0
-        sock.maxmsgsize = wire.MAX_FRAME
+        sock.maxmsgsize = wire.MAX_FRAME + SEALED_BYTES
         sock.router_mandatory = 1
         sock.router_handover = 1
         watch_connection(sock, self._settings.heartbeat_s, self._settings.heartbeat_misses)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from typing import Any
 
 import msgspec
@@ -15,6 +16,7 @@ from router.direct import Streamed
 from router.dispatch import Failed, Fanout, Job, Share
 from router.history import Entry
 from router.http import Call, Headers, headers_for_clients
+from router.link import Inbox
 from router.sse import DONE, Broken, Joiner, event, join_bodies, parse_object
 
 HEADS_WAIT_S = 0.1
@@ -35,7 +37,7 @@ async def run(
     Raises:
         BraidError: it could not be answered; the caller words the error.
     """
-    fanout = Fanout(cluster, job)
+    fanout = Fanout(cluster, job, inbox=Inbox() if stream else _all_of_it())
     try:
         fanout.start()
         entry.follow(lambda: (fanout.prefill, list(records(fanout))))
@@ -49,13 +51,18 @@ async def run(
 
 async def passthrough(cluster: Cluster, call: Call, job: Job) -> None:
     """Answer with one decode worker's answer as it is (``/tokenize`` and its kin)."""
-    fanout = Fanout(cluster, job)
+    fanout = Fanout(cluster, job, inbox=_all_of_it())
     try:
         fanout.start()
         head, body = (await _collect(fanout))[fanout.shares[0]]
         await _respond(call, fanout, head, body, with_proof=False)
     finally:
         fanout.close()
+
+
+def _all_of_it() -> Inbox:
+    """For an answer that is kept until it is whole, however much of it comes at once."""
+    return Inbox(limit=math.inf)
 
 
 def records(fanout: Fanout) -> dict[str, wire.KvRecord | None]:

@@ -6,15 +6,15 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 Traits = tuple[tuple[str, str], ...]
 """(name, value) of each thing that must be equal on both."""
 _EDGE = 1024 * 1024
 """Bytes hashed at each end of a weight file; the whole of a large model takes minutes to read."""
 _STRIP = 64 * 1024
+"""Bytes hashed amid each tensor of a safetensors file, and at ``_STRIPS`` places of another."""
 _STRIPS = 64
-"""So many of so many bytes are hashed between the ends, at equal distances: every large tensor has some."""
 _ELSEWHERE = ("_name_or_path", "transformers_version")
 """What two copies of a configuration may differ in."""
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
@@ -23,9 +23,9 @@ _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
 def model_digest(model: str, revision: str | None) -> str:
     """Digest of a model's configuration and weights.
 
-    For a folder: ``config.json`` and of each weight file its name, size, first and last MiB, and strips
-    between them. For a hub name: the name and revision (two workers that name the same revision hold the
-    same weights).
+    For a folder: ``config.json`` and of each weight file its name, size, first and last MiB, and a strip from
+    the middle of each tensor (of strips at equal distances, if the file is no safetensors). For a hub name:
+    the name and revision (two workers that name the same revision hold the same weights).
     """
     digest = hashlib.blake2b(digest_size=16)
     folder = Path(model)
@@ -39,12 +39,25 @@ def model_digest(model: str, revision: str | None) -> str:
         digest.update(f"{path.name}:{size}".encode())
         with path.open("rb") as file:
             digest.update(file.read(_EDGE))
-            for strip in range(1, _STRIPS + 1):
-                file.seek(size * strip // (_STRIPS + 1))
+            for place in _places(file, size):
+                file.seek(place)
                 digest.update(file.read(_STRIP))
             file.seek(max(0, size - _EDGE))
             digest.update(file.read(_EDGE))
     return digest.hexdigest()
+
+
+def _places(file: BinaryIO, size: int) -> list[int]:
+    """Where strips of a weight file begin: amid its tensors, if it tells of them."""
+    file.seek(0)
+    length = int.from_bytes(file.read(8), "little")
+    try:
+        header = json.loads(file.read(length)) if length < size else {}
+        begins = [tensor["data_offsets"] for name, tensor in header.items() if name != "__metadata__"]
+        middles = [8 + length + (begin + max(begin, end - _STRIP)) // 2 for begin, end in begins]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        middles = []
+    return sorted(middles) or [size * strip // (_STRIPS + 1) for strip in range(1, _STRIPS + 1)]
 
 
 def config_digest(config: Any) -> str:

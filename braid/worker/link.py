@@ -14,7 +14,7 @@ import zmq
 import zmq.asyncio
 
 from braid import wire
-from braid.keys import apply_curve_client
+from braid.keys import SEALED_BYTES, apply_curve_client
 from braid.liveness import is_connected, watch_connection
 from braid.log import GROUP
 
@@ -79,7 +79,7 @@ class WorkerLink:
         self._context = context or zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 1000)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_FRAME)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_FRAME + SEALED_BYTES)
         self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
         self._socket.setsockopt(zmq.IMMEDIATE, 1)
         watch_connection(self._socket, heartbeat_s, misses)

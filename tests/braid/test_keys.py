@@ -11,6 +11,7 @@ import pytest
 import zmq
 
 from braid.keys import (
+    SEALED_BYTES,
     SECRET,
     apply_curve_client,
     apply_curve_server,
@@ -110,9 +111,28 @@ def test_a_context_at_the_place_of_one_that_has_ended_is_guarded_anew(keys: Path
     for _ in range(5):
         context: zmq.Context[Any] = zmq.Context()
         try:
-            client = context.socket(zmq.DEALER)
-            client.curve_serverkey = load_keys(keys)[0]
-            client.curve_publickey, client.curve_secretkey = zmq.curve_keypair()
-            assert not received(context, keys, client)
+            stranger, holder = context.socket(zmq.DEALER), context.socket(zmq.DEALER)
+            stranger.curve_serverkey = load_keys(keys)[0]
+            stranger.curve_publickey, stranger.curve_secretkey = zmq.curve_keypair()
+            assert not received(context, keys, stranger)
+            apply_curve_client(holder, keys)
+            assert received(context, keys, holder)
         finally:
             context.destroy(linger=0)
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+def test_the_largest_frame_arrives_with_keys_as_without(
+    context: zmq.Context[Any], keys: Path, sealed: bool
+) -> None:
+    """An encrypted one is longer, and its connection was closed."""
+    most, folder = 1 << 20, keys if sealed else None
+    with context.socket(zmq.ROUTER) as server, context.socket(zmq.DEALER) as client:
+        server.maxmsgsize = most + SEALED_BYTES
+        client.linger = 0
+        apply_curve_server(server, folder)
+        apply_curve_client(client, folder)
+        client.connect(f"tcp://127.0.0.1:{server.bind_to_random_port('tcp://127.0.0.1')}")
+        client.send(bytes(most))
+        assert server.poll(10_000)
+        assert len(server.recv_multipart()[1]) == most

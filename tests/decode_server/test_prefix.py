@@ -418,3 +418,27 @@ def test_a_prefix_is_counted_in_every_cache_group() -> None:
     prefixes = make(FakeEngine(200, 5))
     assert prefixes.blocks_of(16) == 4 + 2  # of the window of 5: blocks with the tokens 8 to 15
     assert prefixes.blocks_of(17) == 5 + 2  # 12 to 16
+
+
+async def test_who_may_not_wait_for_room_is_told_that_there_is_none(
+    engine: FakeEngine, prefixes: Prefixes
+) -> None:
+    """Searches of one body hold their imports to its end: one that waited for room waited for itself, and
+    every other import behind it."""
+    first = acquire(prefixes, Source(ticket(), ""), 6)
+    load = await loading(engine)
+    engine.control.end(load.key, loaded(load))
+    held = await first
+    none = await prefixes.acquire(prompt(6), 1, Source(ticket(2), ""), waits=False)
+    assert (none.name, none.record) == (None, wire.KvRecord("local", reason="too_large"))
+    waiting = acquire(prefixes, Source(ticket(3), ""), 6)
+    await until(lambda: prefixes._turn.locked())
+    none = await prefixes.acquire(prompt(3), 1, Source(ticket(2), ""), waits=False)
+    assert none.name is None, "nobody overtakes"
+    await cancel(waiting)
+    room = asyncio.create_task(prefixes.acquire(prompt(3), 1, Source(ticket(2), ""), waits=False))
+    load = await loading(engine)
+    engine.control.end(load.key, loaded(load))
+    for one in (held, await room):
+        assert one.name is not None
+        prefixes.release(one)

@@ -362,7 +362,7 @@ class FakePrefixes:
         self.journal = journal
         self.gates: dict[int, asyncio.Event] = {}
 
-    async def acquire(self, prompt: Any, part: int, source: Any) -> Any:
+    async def acquire(self, prompt: Any, part: int, source: Any, waits: bool) -> Any:
         from decode_server.prefix import Held
 
         await self.gates.setdefault(part, asyncio.Event()).wait()
@@ -380,7 +380,7 @@ class FakePrefixes:
 class FakeLocal(FakePrefixes):
     """Prefixes that no transfer brings: each sample computes them."""
 
-    async def acquire(self, prompt: Any, part: int, source: Any) -> Any:
+    async def acquire(self, prompt: Any, part: int, source: Any, waits: bool) -> Any:
         from decode_server.prefix import Held
 
         return Held(None, wire.KvRecord("local", reason=source.reason))

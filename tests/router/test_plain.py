@@ -6,6 +6,7 @@ import msgspec
 
 from braid import wire
 from tests.router.conftest import CHAT, Stand, chat
+from tests.router.fake_worker import FakeWorker, record, whole
 
 
 async def test_a_chat_completion_comes_back_with_proof_of_path(stand: Stand) -> None:
@@ -47,3 +48,21 @@ async def test_a_priority_goes_beside_the_body(stand: Stand) -> None:
     assert "priority" not in msgspec.json.decode(decode.body)
     await stand.post(CHAT, chat(n=2))
     assert (await d0.expect(wire.Decode, 2)).several
+
+
+async def answer_at_length(worker: FakeWorker, message: wire.Decode) -> None:
+    """A reply of 40 MiB in parts that come at once."""
+    said = whole(message, worker.name)
+    said["choices"][0]["message"]["content"] = "x" * (40 << 20)
+    data, most = msgspec.json.encode(said), 8 << 20
+    parts = [wire.Body(message.ref, data[at : at + most]) for at in range(0, len(data), most)]
+    head = wire.Head(message.ref, 200, (("content-type", "application/json"),), record(message))
+    await worker.send(head, *parts, wire.Body(message.ref, b"", end=True, kv=record(message)))
+
+
+async def test_a_long_reply_that_comes_at_once_is_no_slow_reader(stand: Stand) -> None:
+    _, d0 = await stand.workers()
+    d0.script = answer_at_length
+    reply = await stand.post(CHAT, chat())
+    assert reply.status_code == 200
+    assert len(reply.json()["choices"][0]["message"]["content"]) == 40 << 20

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from braid.worker import fingerprint as module
 from braid.worker.fingerprint import config_digest, fingerprint, group_trait, model_digest
@@ -64,6 +65,20 @@ def test_a_tensor_amid_a_large_weight_file_counts(model: Path, monkeypatch: pyte
     weights[5000:5200] = b"x" * 200
     (model / "model.safetensors").write_bytes(weights)
     assert model_digest(str(model), None) != before
+
+
+def test_every_tensor_of_a_safetensors_file_counts(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from safetensors.torch import save_file
+
+    monkeypatch.setattr(module, "_EDGE", 10)
+    monkeypatch.setattr(module, "_STRIP", 2)
+    tensors = {f"layer{i}": torch.zeros(n) for i, n in enumerate((3, 40_000, 7, 40_000, 1, 40_000))}
+    digests = set()
+    for changed in [None, *tensors]:
+        some = {name: t + 1 if name == changed else t for name, t in tensors.items()}
+        save_file(some, model / "model.safetensors")
+        digests.add(model_digest(str(model), None))
+    assert len(digests) == 1 + len(tensors)
 
 
 def test_a_configuration_that_flags_change_counts_and_its_place_does_not() -> None:
