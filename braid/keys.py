@@ -86,8 +86,9 @@ def apply_curve_client(sock: zmq.Socket[Any], folder: Path | None) -> None:
 def stop_authenticator(context: zmq.Context[Any]) -> None:
     """End the context's authenticator, if it has one. Idempotent; call before ``context.term()``."""
     with _lock:
-        authenticator = _authenticators.pop(context.underlying, None)
-    if authenticator is not None and not authenticator.context.closed:
+        authenticator = _known(context)
+        _authenticators.pop(context.underlying, None)
+    if authenticator is not None:
         authenticator.stop()
 
 
@@ -101,12 +102,22 @@ class _AllowList:
         return key == self._public
 
 
+def _known(context: zmq.Context[Any]) -> ThreadAuthenticator | None:
+    """The context's authenticator. One of an earlier context at its address is forgotten."""
+    authenticator = _authenticators.get(context.underlying)
+    if authenticator is not None and authenticator.context.closed:
+        authenticator.pipe = None  # type: ignore[assignment]  # closed with its context: nothing can be said
+        del _authenticators[context.underlying]
+        return None
+    return authenticator
+
+
 def _authenticate(context: zmq.Context[Any], public: bytes) -> None:
     from zmq.auth.thread import ThreadAuthenticator
 
     with _lock:
-        authenticator = _authenticators.get(context.underlying)
-        if authenticator is None or authenticator.context.closed:
+        authenticator = _known(context)
+        if authenticator is None:
             authenticator = ThreadAuthenticator(context)
             authenticator.start()
             _authenticators[context.underlying] = authenticator

@@ -111,7 +111,7 @@ async def test_who_has_the_last_bytes_finds_the_group_ended(
     body = chat(stream=stream) | ({"reasoning": reasoning} if reasoning else {})
     if path != CHAT:
         body["input"] = body.pop("messages")
-    elif stream and reasoning is None:  # else it is the prefill worker that tells, now or a moment later
+    elif stream and reasoning is not VOTE:  # else it is the prefill worker that tells, now or a moment later
         body["stream_options"] = {"include_usage": True}
     assert (await stand.post(path, body)).status_code == 200
     (view,) = views
