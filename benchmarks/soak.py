@@ -105,6 +105,8 @@ class Soak:
         self.started = time.monotonic()
         self.started_at = time.time()
         self.last_fault = 0.0
+        self.calm = asyncio.Event()
+        self.calm.set()
 
     async def learn(self) -> None:
         """Ask every reference prompt while nothing disturbs."""
@@ -142,11 +144,14 @@ class Soak:
             self.wrong.append({"expected": expected, "got": text})
 
     async def ask_group(
-        self, widths: Sequence[int] = (1, 4, 16), patience: Sequence[float] = PATIENCE
+        self,
+        widths: Sequence[int] = (1, 4, 16),
+        patience: Sequence[float] = PATIENCE,
+        lengths: Sequence[int] = LENGTHS,
     ) -> None:
         """A group whose client may leave at any moment."""
         n = self.rng.choice(widths)
-        prompt = [self.rng.randrange(5, 400) for _ in range(self.rng.choice(LENGTHS))]
+        prompt = [self.rng.randrange(5, 400) for _ in range(self.rng.choice(lengths))]
         body = {
             "model": "demo",
             "prompt": prompt,
@@ -165,20 +170,23 @@ class Soak:
             self.outcomes["group complete" if request.result()[1] else "group cut"] += 1
 
     async def ask(self, until: float) -> None:
-        """One client."""
+        """One client; away during the rush, as samples of groups take few seats beside single requests."""
         while time.monotonic() < until:
+            await self.calm.wait()
             await self.tried(self.rng.choice([self.ask_known, self.ask_group]))
             await asyncio.sleep(self.rng.random() * 0.3)
 
     async def rush(self, begin: float) -> None:
-        """Clients who ask for large groups and stay, once no more faults come."""
+        """Clients who ask for large groups and stay, once no more faults come, half for the longest."""
         await asyncio.sleep(begin - time.monotonic())
+        self.calm.clear()
 
-        async def ask() -> None:
+        async def ask(lengths: Sequence[int]) -> None:
             while time.monotonic() < begin + RUSH_S:
-                await self.tried(lambda: self.ask_group((16, 64), PATIENCE[-1:]))
+                await self.tried(lambda: self.ask_group((16, 64), PATIENCE[-1:], lengths))
 
-        await asyncio.gather(*(ask() for _ in range(RUSH_CLIENTS)))
+        await asyncio.gather(*(ask(LENGTHS if i % 2 else LENGTHS[-1:]) for i in range(RUSH_CLIENTS)))
+        self.calm.set()
 
     async def tried(self, act: Callable[[], Awaitable[None]]) -> None:
         """Ask; what HTTP did not bring is counted."""

@@ -11,6 +11,7 @@ import msgspec
 import pytest
 import torch
 
+from braid.keys import SEALED_BYTES
 from kvtransfer import wire
 from kvtransfer.transport.zmq import Terms
 from tests.kvtransfer.ends import (
@@ -253,7 +254,7 @@ def test_another_producer_cannot_write_or_end_a_load(d: ConsumerEnd, raw: RawPro
 def test_an_oversized_payload_costs_the_connection_not_the_consumer(d: ConsumerEnd, raw: RawProducer) -> None:
     sub = start(d, raw)
     raw.say(manifest(sub))
-    raw.say(blocks(sub, 0, 3), bytes(wire.MAX_PAYLOAD + 1))
+    raw.say(blocks(sub, 0, 3), bytes(wire.MAX_PAYLOAD + SEALED_BYTES + 1))
     raw.welcome()  # the load is resumed
     sub = raw.expect(wire.Subscribe).sub
     raw.say(manifest(sub))
@@ -486,7 +487,7 @@ def test_early_subscriptions_are_bounded_and_do_not_shut_out_an_open_lease(
 
 
 def test_an_oversized_message_costs_the_stranger_its_connection(pair: Pair, stranger: RawConsumer) -> None:
-    stranger.say_raw(bytes(wire.MAX_MESSAGE + 1))
+    stranger.say_raw(bytes(wire.MAX_MESSAGE + SEALED_BYTES + 1))
     _transfer_works(pair, make_key(7))
 
 
