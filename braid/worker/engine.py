@@ -94,10 +94,12 @@ class Engine:
         return await self.llm.engine_core.call_utility_async(method, *args)
 
 
-KERNELS = 128
+KERNELS = 16
 """Kernels that oneDNN keeps in a process, one for each number of tokens in a step and each shape of a layer's
-weights: as many sizes as vLLM keeps for each layer. At oneDNN's own bound of 1,024 the matrix products of the
-demo model grow by 0.7 GiB over steps of 500 sizes, at this one by 0.1, and are as fast."""
+weights, besides those that vLLM keeps: for each shape the 32 sizes used last. oneDNN is only asked for those
+that vLLM has not, so what it keeps are sizes that came once and rarely come again, and they gather for hours.
+With 1,024, its own bound, the matrix products of the demo model grow by 0.7 GiB over steps of 500 sizes. With
+none the products of layers that vLLM leaves to torch would make their kernels anew each time."""
 
 
 def engine_environment(model: str) -> None:
