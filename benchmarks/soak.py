@@ -332,10 +332,8 @@ def slopes(samples: Sequence[Rss], since: float) -> list[dict[str, Any]]:
                     "process": name,
                     "minutes": round((warm[-1].at - warm[0].at) / 60, 1),
                     "mib": round(statistics.mean(s.mib for s in warm), 1),
-                    "mib_quarters": _quarters([s.mib for s in warm]),
-                    "mib_an_hour": _slope(at, [s.mib for s in warm]),
-                    "own_quarters": _quarters([s.own for s in warm]),
-                    "own_an_hour": _slope(at, [s.own for s in warm]),
+                    **_trend("mib", at, [s.mib for s in warm]),
+                    **_trend("own", at, [s.own for s in warm]),
                     "highest_at_minute": round(max(warm, key=lambda s: s.mib).at / 60, 1),
                 }
             )
@@ -357,13 +355,15 @@ def heap_slopes(heaps: Sequence[Heap], since: float) -> list[dict[str, Any]]:
                 points = [(h.at / 3600, v) for h in life if (v := getattr(h, key)) is not None]
                 if len(points) > 3:
                     at, values = zip(*points, strict=True)
-                    row |= {f"{key}_quarters": _quarters(values), f"{key}_an_hour": _slope(at, values)}
+                    row |= _trend(key, at, values)
             found.append(row)
     return found
 
 
-def _slope(at: Sequence[float], values: Sequence[float]) -> float:
-    return round(statistics.linear_regression(at, values).slope, 1)
+def _trend(key: str, at: Sequence[float], values: Sequence[float]) -> dict[str, Any]:
+    """How something changes; ``at`` in hours."""
+    slope = statistics.linear_regression(at, values).slope
+    return {f"{key}_quarters": _quarters(values), f"{key}_an_hour": round(slope, 1)}
 
 
 def _quarters(values: Sequence[float]) -> list[float]:
