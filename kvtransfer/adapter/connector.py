@@ -41,6 +41,7 @@ from kvtransfer.adapter.guards import (
     guard_drafts,
     guard_seeded_chunks,
     rank_without_compiler,
+    read_pings,
     sample_at_once,
     warm_sampler,
 )
@@ -91,6 +92,7 @@ class BraidConnector(KVConnectorBase_V1, SupportsHMA):
         self.groups = group_infos(kv_cache_config)
         self.sliceable = sliceable(vllm_config, kv_cache_config)
         die_with_parent()
+        read_pings()
         if current_platform.is_cpu():
             ease_waiting(yield_s=0.0 if role == KVConnectorRole.SCHEDULER else WORKER_YIELD_S)
         configure(f"{self.options.name}/{role.name.lower()}")

@@ -224,6 +224,7 @@ def make(monkeypatch: pytest.MonkeyPatch, side: str = "SCHEDULER", specs: Any = 
 
     for effect in (
         "die_with_parent",
+        "read_pings",
         "ease_waiting",
         "configure",
         "guard_seeded_chunks",

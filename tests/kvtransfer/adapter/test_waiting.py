@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import platform
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -108,3 +111,49 @@ def test_a_queues_words_lie_on_its_flags(queue: SimpleNamespace) -> None:
         flag = start + ring.metadata_offset + index * ring.metadata_size
         assert _flag(ring, index) in range(flag - 3, flag + 1)
         assert _flag(ring, index) % 4 == 0
+
+
+EXCHANGE = """
+import gc
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from braid.heap import allocated
+from kvtransfer.adapter.guards import read_pings
+from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
+
+if sys.argv[1] == "True":
+    read_pings(every_s=0.1)
+writer = MessageQueue(1, 1, max_chunk_bytes=1024, max_chunks=4)
+reader = MessageQueue.create_from_handle(writer.export_handle(), 0)
+with ThreadPoolExecutor(1) as pool:
+    ready = pool.submit(reader.wait_until_ready)
+    writer.wait_until_ready()
+    ready.result()
+
+def exchange(messages):
+    for number in range(messages):
+        writer.enqueue(number)
+        assert reader.dequeue(timeout=60) == number
+        time.sleep(0.001)
+    gc.collect()
+    return allocated().in_use
+
+before = exchange(500)
+print(exchange(4000) - before)
+for end in (writer, reader):
+    end.shutdown()
+"""
+
+
+def kept_of_4000_messages(pings_are_read: bool) -> int:
+    """Bytes by which a process has grown that reads a message at least once a second."""
+    command = [sys.executable, "-c", EXCHANGE, str(pings_are_read)]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="what is in use is not told")
+def test_announcements_of_messages_that_have_been_read_are_not_kept() -> None:
+    """The EngineCore of a prefill worker grew by 2 MiB an hour."""
+    assert kept_of_4000_messages(pings_are_read=True) < kept_of_4000_messages(pings_are_read=False) / 4
