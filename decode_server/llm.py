@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllm.exceptions import VLLMClientError
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens
@@ -45,6 +46,7 @@ class Job:
         first: number of the share's first sample in the group.
         seats, flow: where its samples take their seats, and as whose.
         on_sample: set in mode ``samples``: every sample is reported when it ends.
+        refused: the engine does not take what the body asks for; the reply says why, not the samples.
         ref: of the dispatch, which tells its samples from those of another with the same request id.
         keep: whether samples are to be kept.
         after: name of the kept sample that the body goes on from; empty if none.
@@ -70,6 +72,7 @@ class Job:
     seats: Seats
     flow: DispatchFlow
     on_sample: Ended | None = None
+    refused: bool = False
     ref: int = 0
     keep: bool = False
     after: str = ""
@@ -411,14 +414,15 @@ class _Samples:
             self._queue.put_nowait(None)
         except Exception as failure:
             error = f"{type(failure).__name__}: {failure}"
-            self._queue.put_nowait(failure if job.on_sample is None else None)
+            job.refused = job.refused or isinstance(failure, VLLMClientError)
+            self._queue.put_nowait(failure if job.on_sample is None or job.refused else None)
         finally:
             job.samples.pop(number, None)
             job.stand_up(number, job.generated[number])
             if began is not None:
                 job.pace.end(began, job.generated[number] - job.begun)
             self._keep(number, last)
-            if job.on_sample is not None:
+            if job.on_sample is not None and not job.refused:
                 job.on_sample(number, last, error)
 
     def _measured(self, number: int, watched: Confidence | None, last: RequestOutput | None) -> None:

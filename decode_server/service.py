@@ -219,11 +219,12 @@ class DecodeService:
         headers = (*message.headers, ("x-request-id", message.request_id))
         await post(self._engine.app, message.target, body, headers, on_start, chunks.append)
         await asyncio.gather(*dispatch.reports)
+        reported = bool(dispatch.reports) and not job.refused
         self._send(
             wire.GroupDone(
                 message.ref,
-                200 if dispatch.reports else status,
-                b"" if dispatch.reports else b"".join(chunks),
+                200 if reported else status,
+                b"" if reported else b"".join(chunks),
                 job.prompt_tokens,
                 job.cached_tokens,
                 sum(job.generated.values()),

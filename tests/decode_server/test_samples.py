@@ -272,6 +272,18 @@ async def test_a_group_whose_samples_all_fail_has_no_output() -> None:
     assert [last for _, last, _ in run.reports] == [None, None]
 
 
+async def test_a_body_that_the_engine_refuses_fails_as_a_whole() -> None:
+    """It was told as n failed samples, and the reason was lost."""
+    from vllm.exceptions import VLLMValidationError
+
+    refusal = VLLMValidationError("logit_bias is out of vocabulary")
+    llm = ScriptedLLM({"r-0": [refusal], "r-1": [refusal], "r-2": [asyncio.Event()]})
+    run = Run(llm, 3, final=True, report=True)
+    with pytest.raises(VLLMValidationError):
+        await run.outputs()
+    assert (run.reports, run.job.refused) == ([], True)
+
+
 async def test_a_sample_cancelled_before_it_began_never_runs() -> None:
     llm = ScriptedLLM()
     run = Run(llm, 3, final=True, first=4, report=True)

@@ -159,6 +159,19 @@ async def test_a_group_without_samples_passes_the_refusal_on(stand: Stand) -> No
     assert (done.status, done.body) == (400, b'{"error": 1}')
 
 
+async def test_a_refusal_is_passed_on_though_a_sample_was_cancelled_before(stand: Stand) -> None:
+    async def refuse(job: Any, receive: Any, send: Any) -> None:
+        job.on_sample(0, None, "")
+        job.refused = True
+        await start(send, 400)
+        await say(send, b'{"error": 1}')
+
+    stand.handler = refuse
+    stand.start("samples")
+    sample, done = await stand.idle()
+    assert (sample.state, done.status, done.body) == ("cancelled", 400, b'{"error": 1}')
+
+
 def completion(text: str, reason: str = "stop") -> Any:
     part = SimpleNamespace(text=text, finish_reason=reason, token_ids=[1, 2], cumulative_logprob=-0.5)
     return SimpleNamespace(outputs=[part])

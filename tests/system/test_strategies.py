@@ -86,6 +86,16 @@ async def test_two_requests_of_one_id_do_not_end_each_other(
     assert {choice["finish_reason"] for choice in (await plain).json()["choices"]} == {"length"}
 
 
+@pytest.mark.parametrize("n", [1, 5])
+async def test_what_only_the_engine_can_judge_is_refused_with_its_reason(system: System, n: int) -> None:
+    """A vote said 502, "every sample failed"."""
+    request = body("x", reasoning={"strategy": "self_consistency", "n": n}, logit_bias={"99999999": 1})
+    reply = await system.client.post("/v1/chat/completions", json=request)
+    assert reply.status_code == 400
+    assert "99999999" in reply.json()["error"]["message"]
+    await system.settled()
+
+
 async def test_progress_is_streamed_before_the_answer(system: System, problems: list[dict[str, str]]) -> None:
     request = body(question(problems[2]), reasoning={"strategy": "self_consistency", "n": 4}, stream=True)
     events = []
