@@ -217,10 +217,11 @@ class Consumer:
         return hashlib.blake2b(endpoint.encode(), key=self._id, digest_size=len(self._id)).digest()
 
     def _reach(self, endpoint: str) -> _Peer | None:
-        """As :meth:`_peer`; None if no connection can be opened, as where descriptors have run out."""
+        """As :meth:`_peer`; None if no connection can be opened, as where descriptors have run out or keys
+        can't be read."""
         try:
             return self._peer(endpoint)
-        except zmq.ZMQError as error:
+        except (zmq.ZMQError, ValueError) as error:
             log.error("kv_connection_failed", extra={"peer": endpoint, "detail": str(error)})
             return None
 
@@ -251,11 +252,16 @@ class Consumer:
         socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_PAYLOAD + SEALED_BYTES)
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.RCVHWM, 64)
+        socket.setsockopt(zmq.SNDHWM, 0)  # bounded by the loads; nobody asks again for what was not sent
         socket.setsockopt(zmq.RECONNECT_IVL, 20)
         socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
         set_heartbeat(socket)
         if self._keys_dir is not None:
-            apply_curve_client(socket, self._keys_dir)
+            try:
+                apply_curve_client(socket, self._keys_dir)
+            except ValueError:
+                socket.close(linger=0)
+                raise
         return socket
 
     def _lane(self, endpoint: str) -> tuple[Socket, Callable[[], None]]:

@@ -62,6 +62,7 @@ class ControlServer:
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.SNDHWM, 0)  # a ROUTER throws away what is over it
         self._socket.bind(endpoint)
         self.ranks: dict[bytes, wire.Ready] = {}
         self._waiting: dict[object, _Answers] = {}

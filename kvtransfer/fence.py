@@ -46,10 +46,21 @@ class Waiter:
         is told that it did not go well, after the fence all the same. From any thread.
         """
         with self._begin:
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-                self._thread.start()
-        self._queue.put((fence, call, meanwhile))
+            started = self._thread is not None or self._start()
+        if started:
+            self._queue.put((fence, call, meanwhile))
+        else:
+            self._pass(fence, call, meanwhile)
+
+    def _start(self) -> bool:
+        thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # the process can have no more; who copies waits itself
+            log.warning("kv_waiter_not_started", extra={"detail": str(error)})
+            return False
+        self._thread = thread
+        return True
 
     def stop(self) -> None:
         """Wait for the fences so far, then end. Idempotent."""
@@ -61,14 +72,16 @@ class Waiter:
     def _run(self) -> None:
         use_all_cores()
         while (item := self._queue.get()) is not None:
-            fence, call, meanwhile = item
+            self._pass(*item)
+
+    def _pass(self, fence: Fence, call: Callable[[bool], None], meanwhile: Callable[[], object]) -> None:
+        try:
             try:
-                try:
-                    meanwhile()
-                finally:
-                    fence.wait()
-            except Exception:
-                log.exception("kv_copy_failed")
-                self._loop.call_at_once(partial(call, False))
-            else:
-                self._loop.call_at_once(partial(call, True))
+                meanwhile()
+            finally:
+                fence.wait()
+        except Exception:
+            log.exception("kv_copy_failed")
+            self._loop.call_at_once(partial(call, False))
+        else:
+            self._loop.call_at_once(partial(call, True))

@@ -15,7 +15,8 @@ monotonic, and the producer's span begins later than the consumer's.
 What has ended is remembered for a while, with its reason, for who comes too late.
 
 Subscriptions may come before the lease is opened (both are dispatched at the same time, and a prompt may
-queue at the producer); they wait for ``lease_s`` after their consumer was last heard of.
+queue at the producer); they wait for ``lease_s`` after their consumer was last heard of. One that ends before
+the lease is opened counts towards those that are expected all the same.
 """
 
 from __future__ import annotations
@@ -161,6 +162,7 @@ class LeaseTable(Generic[P]):
             raise ValueError(f"{lease.nbytes} bytes of KV are over the staging bound of {self._capacity}")
         self.ended.pop(lease.key, None)
         _, lease.subscribers = self.early.pop(lease.key, (0.0, {}))
+        lease.finished = sum(subscriber.ended for subscriber in lease.subscribers.values())
         lease.heard = self._clock()
         self.waiting[lease.key] = lease
 
@@ -171,7 +173,7 @@ class LeaseTable(Generic[P]):
             return []
         _, early = self.early.pop(key, (0.0, {}))
         self._remember(key, "refused")
-        return list(early.values())
+        return [subscriber for subscriber in early.values() if not subscriber.ended]
 
     def grant(self) -> list[Lease[P]]:
         """Reserve room for the waiting leases that fit, first come first served, and hold them."""
@@ -189,8 +191,13 @@ class LeaseTable(Generic[P]):
 
     @property
     def early_subscribers(self) -> int:
-        """Subscriptions whose lease is not open yet."""
+        """Subscriptions whose lease is not open yet, also those that have ended."""
         return sum(len(subscribers) for _, subscribers in self.early.values())
+
+    @property
+    def awaited(self) -> int:
+        """Leases that are not open yet and wanted."""
+        return sum(not all(s.ended for s in subscribers.values()) for _, subscribers in self.early.values())
 
     def knows(self, key: Key) -> bool:
         """Whether a lease of this key is open."""
@@ -228,10 +235,8 @@ class LeaseTable(Generic[P]):
 
     def end_subscriber(self, key: Key, sub: SubId) -> bool:
         """A consumer has, or no longer wants, what it subscribed. Returns whether its lease is now spent."""
-        if (entry := self.early.get(key)) is not None:
-            entry[1].pop(sub, None)
-            if not entry[1]:
-                del self.early[key]
+        if (entry := self.early.get(key)) is not None and sub in entry[1]:
+            entry[1][sub].ended = True
         for lease in self._all(key):
             if (subscriber := lease.subscribers.get(sub)) is not None and not subscriber.ended:
                 subscriber.ended = True
@@ -246,7 +251,7 @@ class LeaseTable(Generic[P]):
         still read, until their deadlines.
         """
         for key, (at, early) in list(self.early.items()):
-            kept = {sub: s for sub, s in early.items() if sub[0] != consumer}
+            kept = {sub: s for sub, s in early.items() if sub[0] != consumer or s.ended}
             self.early[key] = at, kept
             if not kept:
                 del self.early[key]
@@ -290,7 +295,7 @@ class LeaseTable(Generic[P]):
         limit = self._clock() - self.lease_s
         expired = [key for key, lease in self.held.items() if lease.heard < limit]
         lapsed = [key for key, (at, _) in self.early.items() if at < limit]
-        subscribers = [s for key in lapsed for s in self.early.pop(key)[1].values()]
+        subscribers = [s for key in lapsed for s in self.early.pop(key)[1].values() if not s.ended]
         return expired, subscribers
 
     def check_integrity(self) -> None:

@@ -64,7 +64,8 @@ Fill = Callable[[range, torch.Tensor], Fence | None]
 
 @dataclass(slots=True)
 class _Session:
-    """One connected consumer. ``queue``: parcels that wait for the window."""
+    """One connected consumer. ``queue``: parcels that wait for the window; ``told``: when it was last looked
+    after."""
 
     address: bytes
     consumer: bytes
@@ -74,6 +75,7 @@ class _Session:
     queue: deque[Parcel] = field(default_factory=deque)
     unacked: int = 0
     heard: float = 0.0
+    told: float = 0.0
     subscriptions: dict[int, wire.Key] = field(default_factory=dict)
 
 
@@ -194,7 +196,10 @@ class Producer:
                 self._tell(subscriber, wire.Refused(subscriber.id[1], "refused"))
             self._emit(wire.Closed(message.key, str(error)))
             return
-        self._grant()
+        if self.table.waiting[message.key].spent:  # all that wanted it have left before
+            self.end(message.key, "done")
+        else:
+            self._grant()
 
     def _bytes_of(self, span: wire.Want) -> int:
         """Staging that blocks take. Raises ValueError for blocks that can't be."""
@@ -306,7 +311,7 @@ class Producer:
     def stats(self) -> wire.Stats:
         """What is held now."""
         table = self.table
-        return wire.Stats(table.reserved, len(table.held), len(table.waiting) + len(table.early))
+        return wire.Stats(table.reserved, len(table.held), len(table.waiting) + table.awaited)
 
     def _grant(self) -> None:
         with self._lock:
@@ -322,7 +327,7 @@ class Producer:
     def _start(self, lease: Lease[Piece], subscriber: Subscriber) -> None:
         """Attest what will be sent, and send what is there."""
         session = self._sessions.get(subscriber.id[0])
-        if session is None:
+        if session is None or subscriber.ended:
             return
         if not self._serves(lease, subscriber):
             log.warning("kv_bad_blocks", extra={"peer": session.name, "security": True})
@@ -579,8 +584,9 @@ class Producer:
         """Send something to consumers that wait in silence: ZMQ knows whether they are still connected."""
         now = time.monotonic()
         for session in list(self._sessions.values()):
-            if now - session.heard > (SILENCE_S if session.subscriptions else IDLE_S):
-                session.heard = session.heard if session.subscriptions else now
+            limit = SILENCE_S if session.subscriptions else IDLE_S
+            if now - max(session.heard, session.told) > limit:
+                session.told = now
                 self._send(session, wire.Alive(()))
 
 

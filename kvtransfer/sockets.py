@@ -21,9 +21,13 @@ def new_context() -> zmq.Context[zmq.Socket[bytes]]:
 
 
 def set_heartbeat(socket: zmq.Socket[bytes]) -> None:
-    """Notice a peer that is stopped or cut off though its connection looks open."""
+    """Notice a peer that is stopped or cut off though its connection looks open.
+
+    ZMQ pings only where nothing else waits to be sent; what waits is TCP's to give up on.
+    """
     socket.setsockopt(zmq.HEARTBEAT_IVL, int(HEARTBEAT_S * 1000))
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(SILENT_S * 1000))
+    socket.setsockopt(zmq.TCP_MAXRT, int(SILENT_S * 1000))
 
 
 def receive_frames(socket: zmq.Socket[bytes]) -> list[zmq.Frame]:

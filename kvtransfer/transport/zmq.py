@@ -7,6 +7,7 @@ subscription may overtake one another. Frames are sent without a copy: they are 
 
 from __future__ import annotations
 
+import errno
 import itertools
 from collections.abc import Callable, Sequence
 
@@ -29,7 +30,6 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class ZmqSender:
     """See :class:`kvtransfer.transport.Sender`."""
 
-    outlives = False
     stretch = 1
     wraps = True
 
@@ -38,6 +38,21 @@ class ZmqSender:
         self._addresses = [address]
         self._lanes = lanes
         self._turn = itertools.count()
+
+    @property
+    def outlives(self) -> bool:
+        """One of several connections may be lost, and what waits on the others still leaves staging."""
+        if self._lanes > 1:
+            self._addresses = [address for address in self._addresses if self._is_connected(address)]
+            return bool(self._addresses)
+        return False
+
+    def _is_connected(self, address: bytes) -> bool:
+        try:
+            self._socket.send_multipart([address, wire.encode(wire.Alive(()))])
+        except zmq.ZMQError as error:
+            return error.errno != errno.EHOSTUNREACH
+        return True
 
     def add_lane(self, address: bytes) -> None:
         """A further connection of this session; more than agreed are not used."""
@@ -129,7 +144,7 @@ class ZmqConsumer:
                 socket, close = self._connect(endpoint)
                 closers.append(close)
                 socket.send(wire.encode(wire.Lane(self._consumer(endpoint), welcome.session)), zmq.NOBLOCK)
-        except zmq.ZMQError as error:
+        except (zmq.ZMQError, ValueError) as error:
             close_all()
             raise Unavailable(f"zmq: no further connection ({error})") from None
         return ZmqReceiver(deliver, close_all)

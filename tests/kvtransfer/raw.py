@@ -104,6 +104,15 @@ class RawConsumer:
         assert isinstance(message, kind), message
         return message
 
+    def signs_of_life(self, seconds: float) -> int:
+        """How often it is looked after in so long, in which nothing else comes."""
+        until, found = time.monotonic() + seconds, 0
+        while (left := until - time.monotonic()) > 0:
+            if self._socket.poll(int(left * 1000)):
+                assert isinstance(wire.decode_data(self._socket.recv_multipart()[0]), wire.Alive)
+                found += 1
+        return found
+
     def hears_nothing(self, seconds: float) -> bool:
         """Whether nothing but signs of life comes for so long."""
         until = time.monotonic() + seconds

@@ -189,6 +189,27 @@ def test_a_blackhole_is_noticed_before_a_long_deadline(
     proxy.close()
 
 
+def test_a_blackhole_is_noticed_by_who_has_much_to_send(
+    make_pair: MakePair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ZMQ does not ping where payloads wait: the producer kept the session until TCP gave up."""
+    monkeypatch.setattr("kvtransfer.sockets.HEARTBEAT_S", 0.1)
+    monkeypatch.setattr("kvtransfer.sockets.SILENT_S", 0.3)
+    pair = make_pair(transports=["zmq"], row_bytes=1 << 20, capacity=1 << 26)
+    proxy = Proxy(pair.endpoint)
+    pair.p.open(KEY, 10)
+    pair.p.publish(KEY, 0, [1])
+    pair.d.load(KEY, proxy.endpoint, tuple(range(1, 11)))
+    pair.d.until(lambda: same(pair.p.cache, [1], pair.d.cache, [1]))
+    proxy.faults.blackhole = True
+    pair.p.publish(KEY, 1, list(range(2, 11)))
+    assert pair.d.events.expect(wire.Failed, KEY).reason == "disconnected"
+    pair.p.until(lambda: not pair.p.end._sessions)
+    proxy.close()
+    pair.p.call(lambda: pair.p.end.end(KEY, "cancelled"))
+    pair.p.settle()
+
+
 def test_slow_but_steady_is_no_fault(pair: Pair, proxy: Proxy) -> None:
     proxy.faults.delay_s = 0.005
     begin(pair, proxy)

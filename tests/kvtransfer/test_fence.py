@@ -57,3 +57,24 @@ def test_calls_come_in_order_with_the_loop_held_and_a_failed_copy_stops_none(loo
     assert seen == [(0, True), (1, False), (2, True)]
     for number in range(3):
         assert beside.index(f"end of {number}") < beside.index(f"during {number}")
+
+
+def test_where_no_thread_can_be_started_who_copies_waits(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every later copy waited for ever, and the waiter could not be stopped."""
+
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    waiter = Waiter(loop, "test-waiter")
+    seen: list[bool] = []
+    passed, failed = Copies(), Copies(RuntimeError("device lost"))
+    passed.passed.set()
+    failed.passed.set()
+    with monkeypatch.context() as full:
+        full.setattr(threading.Thread, "start", refuse)
+        for fence in (passed, failed):
+            waiter.after(fence, seen.append)
+    waiter.after(passed, seen.append)
+    waiter.stop()
+    loop.stop()
+    assert seen == [True, False, True]

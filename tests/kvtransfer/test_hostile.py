@@ -486,6 +486,13 @@ def test_early_subscriptions_are_bounded_and_do_not_shut_out_an_open_lease(
     _transfer_works(pair, make_key(7))
 
 
+def test_a_silent_consumer_is_looked_after_once_a_second(pair: Pair, stranger: RawConsumer) -> None:
+    """Four times a second: what is sent to one that is stopped waits in memory."""
+    stranger.subscribe(make_key(9), 1, 1)
+    assert 1 <= stranger.signs_of_life(3.0) <= 3
+    stranger.say(wire.Drop(make_key(9), 1))
+
+
 def test_an_oversized_message_costs_the_stranger_its_connection(pair: Pair, stranger: RawConsumer) -> None:
     stranger.say_raw(bytes(wire.MAX_MESSAGE + SEALED_BYTES + 1))
     _transfer_works(pair, make_key(7))

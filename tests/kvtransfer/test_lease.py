@@ -97,6 +97,25 @@ def test_an_early_subscription_joins_the_lease_when_it_opens(table: LeaseTable[P
     assert not table.early
 
 
+def test_who_leaves_before_the_lease_opens_is_not_waited_for(table: LeaseTable[Piece]) -> None:
+    """Its staging was held for ``lease_s`` after all others had it."""
+    table.subscribe(KEYS[0], subscriber(D0))
+    table.end_subscriber(KEYS[0], D0)
+    hold(table, KEYS[0], 1, expected=2)
+    table.subscribe(KEYS[0], subscriber(D1))
+    assert table.end_subscriber(KEYS[0], D1)
+
+
+def test_who_has_left_is_remembered_no_longer_than_who_waits(table: LeaseTable[Piece], clock: Clock) -> None:
+    table.subscribe(KEYS[0], subscriber(D0))
+    table.end_subscriber(KEYS[0], D0)
+    assert table.awaited == 0
+    table.forget_consumer(D0[0], reads_on=False)
+    clock.now += LEASE_S + 0.1
+    assert table.overdue() == ([], [])
+    assert not table.early
+
+
 def test_an_early_subscription_lapses(table: LeaseTable[Piece], clock: Clock) -> None:
     table.subscribe(KEYS[0], subscriber(D0))
     clock.now += LEASE_S

@@ -19,7 +19,8 @@ class AnyOrder(RuleBasedStateMachine):
     """Every call of the producer, in any order.
 
     The model: who waits in which order, who writes, and until when each subscription of each lease may
-    read. A lease is known by itself, as its key may be another's after it closed.
+    read; and who has ended before there was a lease. A lease is known by itself, as its key may be another's
+    after it closed.
     """
 
     def __init__(self) -> None:
@@ -33,6 +34,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.closed: list[Lease[Piece]] = []
         self.readers: dict[int, dict[SubId, float]] = {}
         self.early: dict[Key, dict[SubId, float]] = {}
+        self.left: dict[Key, set[SubId]] = {}
         self.writing: list[Lease[Piece]] = []
         self.ended: set[Key] = set()
         self.subs = 0
@@ -48,6 +50,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.queue.append(key)
         self.ended.discard(key)
         self.readers[id(lease)] = self.early.pop(key, {})
+        assert lease.finished == len(self.left.pop(key, ()))
 
     @rule(key=some_key)
     def refuse(self, key: Key) -> None:
@@ -56,6 +59,7 @@ class AnyOrder(RuleBasedStateMachine):
             assert not told
             return
         assert told == set(self.early.pop(key, {}))
+        self.left.pop(key, None)
         self.ended.add(key)
 
     @rule()
@@ -104,6 +108,8 @@ class AnyOrder(RuleBasedStateMachine):
     def end_subscriber(self, data: st.DataObject, key: Key) -> None:
         known = [sub for _, readers in self.of(key) for sub in readers]
         sub = data.draw(st.sampled_from([*known, (b"nobody", 1)]))
+        if sub in self.early.get(key, {}):
+            self.left.setdefault(key, set()).add(sub)
         spent = self.table.end_subscriber(key, sub)
         for _, readers in self.of(key):
             readers.pop(sub, None)
@@ -142,8 +148,10 @@ class AnyOrder(RuleBasedStateMachine):
     def tick(self, seconds: float) -> None:
         self.clock.now += seconds
         expired, lapsed = self.table.overdue()
-        ended = {s.id for s in lapsed}
-        self.early = {k: early for k, early in self.early.items() if not ended & set(early)}
+        forgotten = [early for key, early in self.early.items() if key not in self.table.early]
+        assert {s.id for s in lapsed} == {sub for early in forgotten for sub in early}
+        self.early = {key: early for key, early in self.early.items() if key in self.table.early}
+        self.left = {key: left for key, left in self.left.items() if key in self.table.early}
         for key in expired:
             assert self.clock.now - self.held[key].heard > LEASE_S
             self.table.close(key, "over")
@@ -160,8 +168,9 @@ class AnyOrder(RuleBasedStateMachine):
         assert list(self.table.waiting) == self.queue
         assert self.table.held == self.held
         assert {k: set(subs) for k, (_, subs) in self.table.early.items()} == {
-            k: set(early) for k, early in self.early.items()
+            k: set(self.early.get(k, ())) | self.left.get(k, set()) for k in {*self.early, *self.left}
         }
+        assert self.table.awaited == len(self.early)
         assert self.table.reserved == sum(self.memory.out.values())
         assert set(self.table.ended) == self.ended
 

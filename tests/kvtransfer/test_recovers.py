@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import errno
+import shutil
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import zmq
 
+from braid.keys import make_keys
 from kvtransfer import wire
 from kvtransfer.arena import open_arena
 from kvtransfer.codec import CODECS
@@ -189,6 +192,43 @@ def test_a_payload_that_cannot_be_sent_leaves_no_half_message(
     finally:
         raw.close()
         other.close()
+
+
+def test_keys_that_can_no_longer_be_read_end_a_load_at_once(make_pair: MakePair, tmp_path: Path) -> None:
+    """It waited for its deadline, and so did loads from other producers for signs of life."""
+    make_keys(tmp_path / "keys")
+    pair = make_pair(transports=["zmq"], keys_dir=tmp_path / "keys")
+    shutil.rmtree(tmp_path / "keys")
+    pair.d.load(KEY, pair.endpoint, (1,), deadline_s=500.0)
+    assert pair.d.events.expect(wire.Failed, KEY).reason == "unreachable"
+
+
+def test_a_lane_whose_keys_cannot_be_read_is_done_without(
+    make_pair: MakePair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_keys(tmp_path / "keys")
+    pair = make_pair(transports=["zmq"], lanes=3, keys_dir=tmp_path / "keys")
+    opened = pair.d.end._open
+    left = iter([opened, opened])
+
+    def open_two(endpoint: str) -> Any:
+        if (how := next(left, None)) is None:
+            raise ValueError("keys can't be read")
+        return how(endpoint)
+
+    monkeypatch.setattr(pair.d.end, "_open", open_two)
+    pair.d.load(KEY, pair.endpoint, (1,), deadline_s=500.0)
+    assert pair.d.events.expect(wire.Failed, KEY).reason == "no_transport"
+    pair.d.until(lambda: not pair.d.end._peers)
+
+
+def test_any_number_of_messages_waits_for_a_connection(pair: Pair) -> None:
+    """Of more than 1,000 at once some were thrown away, and their loads waited for their deadlines."""
+    pair.d.load(KEY, pair.endpoint, (1,))
+    limits = pair.d.call(lambda: [p.socket.getsockopt(zmq.SNDHWM) for p in pair.d.end._peers.values()])
+    assert limits == [0]
+    pair.d.unload(KEY)
+    pair.d.events.expect(wire.Failed, KEY)
 
 
 def test_a_producer_that_begins_no_session_is_tried_anew_with_each_load(

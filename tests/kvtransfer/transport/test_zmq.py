@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 
 import msgspec
@@ -11,7 +12,7 @@ import torch
 from kvtransfer import wire
 from kvtransfer.transport.zmq import Terms, ZmqSender
 from tests.kvtransfer.ends import BLOCK_BYTES, EPOCH, ConsumerEnd, Pair, contents, make_key, same
-from tests.kvtransfer.raw import SHAPES, RawProducer
+from tests.kvtransfer.raw import SHAPES, RawConsumer, RawProducer
 from tests.kvtransfer.transport.contract import InOneProcess, InTwoProcesses
 
 KEY = make_key()
@@ -104,6 +105,37 @@ def test_a_lane_of_another_session_gets_nothing(make_pair: Callable[..., Pair]) 
     assert _lanes(pair) == 1
     pair.p.publish(KEY, 0, [1])
     pair.d.events.expect(wire.Loaded, KEY)
+
+
+def test_memory_that_another_lane_may_still_send_is_not_used_again(make_pair: Callable[..., Pair]) -> None:
+    """The lease of a consumer that stood still ended with its first lost connection; what the others had
+    queued was sent from memory that was another's."""
+    pair = make_pair(transports=["zmq"], piece_bytes=BLOCK_BYTES)
+    raw = RawConsumer(pair.endpoint, greet=False)
+    lane = RawConsumer(pair.endpoint, greet=False)
+    try:
+        raw.offers = (("zmq", msgspec.msgpack.encode(Terms(2))),)
+        raw.greet(1)
+        raw.expect(wire.Welcome)
+        lane.say(wire.Lane(raw.id, 1))
+        pair.p.until(lambda: _lanes(pair) == 2)
+        pair.p.open(KEY, 10)
+        raw.subscribe(KEY, 1, 10, deadline_s=500.0)
+        raw.expect(wire.Manifest)
+        lane.close()
+        staged = 0
+        while pair.p.call(lambda: bool(pair.p.end._sessions)):  # until one is sent to the lane that is lost
+            pair.p.publish(KEY, staged, [1])
+            staged += 1
+            time.sleep(0.05)
+        pair.p.call(lambda: pair.p.end.end(KEY, "cancelled"))
+        time.sleep(1)
+        assert pair.p.stats.staging_bytes > 0
+        raw.close()
+        pair.p.settle()
+    finally:
+        lane.close()
+        raw.close()
 
 
 def _lanes(pair: Pair) -> int:
